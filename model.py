@@ -1,0 +1,318 @@
+"""The diffusion transformer (DiT) of both stages and of the base model.
+
+SemanticGen App. A: a block is spatial attention (within a frame), 3D attention (over space and
+time), cross-attention (to the text) and an FFN; before each of them the timestep is mapped to a
+scale that is applied together with RMSNorm. Sec. 3.2: in-context conditioning, the noisy latents
+and the semantics form one sequence; only the latents are denoised. Sec. 3.4: with a window, 3D
+attention runs in windows of time that shift by half in odd layers (swin.py).
+
+One class, three uses: painter (stage 2: VAE latents, with semantics as context), planner (stage 1:
+the semantics are what is denoised, no context) and base (VAE latents, no context).
+
+Letters: B batch; C T h w channels, frames, height, width of what is denoised; K S hs ws those of the
+context; N tokens; D width; A heads; L text tokens. Tokens run frame by frame, latents first.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from swin import Stream, windowed_attention, windows
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, A, N, D/A) -> (B, A, N, D/A)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of one DiT. The paper gives none; `paper` presets follow Wan2.1-1.3B."""
+
+    channels: int  # C of what is denoised
+    rate: float  # its frames per second
+    text_dim: int  # width of the text encoder's tokens
+    context_channels: int = 0  # K of the in-context semantics; 0 = no context
+    context_rate: float = 0.0  # their frames per second
+    patch: int = 1  # a token is patch x patch positions of a frame
+    width: int = 128  # D
+    depth: int = 4  # blocks
+    heads: int = 4  # A
+    ffn: int = 4  # hidden width of the FFN over D
+    space_cycles: float = 2.0  # highest position frequency per frame side: half its tokens
+    time_features: bool = True  # absolute time at the input too, not only y and x
+    window: float | None = None  # seconds of a 3D attention window; None = full attention
+
+    def __post_init__(self):
+        head = self.width // self.heads
+        if self.width % self.heads or head % 2 or head < 6:
+            raise ValueError(
+                f"width {self.width} over {self.heads} heads: a head needs an even width of at least 6"
+            )
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Scale the last axis to unit root mean square, (..., D) -> (..., D).
+
+    By hand because torch's own is several times slower in bf16 on a CPU.
+    """
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend from q (B, A, N, d) to k, v (B, A, M, d) -> (B, A, N, d)."""
+    if (
+        q.device.type == "cpu" and k.shape[-2] <= 256
+    ):  # here several times faster than the fused one
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # (B, A, N, M)
+        return weights.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def frame_attention(q: Tensor, k: Tensor, v: Tensor, frame_tokens: Sequence[int]) -> Tensor:
+    """Attend within each frame only. q, k, v: (B, A, N, d); frame_tokens: tokens of each frame."""
+    runs = [(tokens, len(list(run))) for tokens, run in groupby(frame_tokens)]
+    sizes = [tokens * frames for tokens, frames in runs]
+    out = []
+    for (_, frames), *stream in zip(runs, *(x.split(sizes, 2) for x in (q, k, v)), strict=True):
+        stream = (rearrange(x, "b a (f n) d -> (b f) a n d", f=frames) for x in stream)
+        out.append(rearrange(attention(*stream), "(b f) a n d -> b a (f n) d", f=frames))
+    return torch.cat(out, 2)
+
+
+def grid_coords(frames: int, height: int, width: int, rate: float) -> Tensor:
+    """Return (seconds, y, x) of every token's centre, (frames * height * width, 3); y, x in [0, 1].
+
+    Both streams are placed in the same coordinates: they line up although their rates differ.
+    """
+    axes = (
+        (torch.arange(frames) + 0.5) / rate,
+        (torch.arange(height) + 0.5) / height,
+        (torch.arange(width) + 0.5) / width,
+    )
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of features by their token's angles: RoPE. x (..., N, d); cos, sin (N, d/2)."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Positions(nn.Module):
+    """Angles of a token's coordinates: used by RoPE, and as Fourier features added at the input.
+
+    RoPE alone tells only differences; the features tell where in the frame a token is (our choice).
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        pairs = config.width // config.heads // 2
+        space = pairs // 3
+        self.time = pairs - 2 * space  # the first pairs belong to time, the others to y and x
+        self.skip = 0 if config.time_features else self.time
+        # Cycles per second (from a minute's wave up to half the frame rate) and per frame side.
+        time = torch.logspace(math.log2(1 / 64), math.log2(config.rate / 2), self.time, base=2)
+        side = torch.logspace(-2, math.log2(config.space_cycles), space, base=2)
+        cycles = torch.zeros(3, pairs)
+        cycles[0, : self.time] = time
+        cycles[1, self.time : self.time + space] = side
+        cycles[2, self.time + space :] = side
+        self.register_buffer("cycles", cycles, persistent=False)
+        self.features = nn.Linear(2 * (pairs - self.skip), config.width)
+
+    def forward(self, coords: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """coords (N, 3) -> features (N, D), cos (N, d/2), sin (N, d/2)."""
+        angles = 2 * math.pi * coords @ self.cycles  # (N, d/2)
+        cos, sin = angles.cos(), angles.sin()
+        return self.features(torch.cat([cos, sin], -1)[:, self._columns()]), cos, sin
+
+    def _columns(self) -> Tensor:
+        pairs = self.cycles.shape[1]
+        kept = torch.arange(self.skip, pairs, device=self.cycles.device)
+        return torch.cat([kept, pairs + kept])
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention among tokens; q and k are RMS-normalised (our choice) and rotated."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.gain = nn.Parameter(torch.ones(2, 1, 1, 1, width // heads))  # of q and of k
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x (B, N, D) -> (B, N, D); attend decides who sees whom."""
+        qkv = rearrange(self.qkv(x), "b n (three a d) -> three b a n d", three=3, a=self.heads)
+        q, k = rotate(rms_norm(qkv[:2]) * self.gain.to(qkv), cos.to(qkv), sin.to(qkv))
+        return self.out(rearrange(attend(q, k, qkv[2]), "b a n d -> b n (a d)"))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from the tokens to the text, which has no mask: its padding is zero."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x (B, N, D), text (B, L, D) -> (B, N, D)."""
+        q = rearrange(self.q(x), "b n (a d) -> b a n d", a=self.heads)
+        k, v = rearrange(self.kv(text), "b l (two a d) -> two b a l d", two=2, a=self.heads)
+        return self.out(rearrange(attention(rms_norm(q), rms_norm(k), v), "b a n d -> b n (a d)"))
+
+
+class Block(nn.Module):
+    """Spatial attention, 3D attention, cross-attention, FFN (App. A).
+
+    Each is x + f(RMSNorm(x) * (1 + scale(t))); their outputs start at zero, so that the block
+    begins as the identity (our choice).
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        width, heads = config.width, config.heads
+        self.scale = nn.Linear(width, 4 * width)
+        self.spatial = SelfAttention(width, heads)
+        self.full = SelfAttention(width, heads)
+        self.cross = CrossAttention(width, heads)
+        self.ffn_in = nn.Linear(width, config.ffn * width)
+        self.ffn_out = nn.Linear(config.ffn * width, width)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        within_frame: Attend,
+        over_time: Attend,
+    ) -> Tensor:
+        """x (B, N, D), time (B, D), text (B, L, D), cos and sin (N, d/2) -> (B, N, D)."""
+        scales = (1 + self.scale(time)).to(x)[:, None].chunk(4, -1)  # 4 x (B, 1, D)
+        x = x + self.spatial(rms_norm(x) * scales[0], cos, sin, within_frame)
+        x = x + self.full(rms_norm(x) * scales[1], cos, sin, over_time)
+        x = x + self.cross(rms_norm(x) * scales[2], text)
+        return x + self.ffn_out(F.gelu(self.ffn_in(rms_norm(x) * scales[3])))
+
+
+class DiT(nn.Module):
+    """Velocity of noisy latents, given time, text and, for the painter, semantics in context."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        width = config.width
+        patch_channels = config.channels * config.patch**2
+        self.latents_in = nn.Linear(patch_channels, width)
+        self.type_embedding = nn.Parameter(torch.zeros(2, width))  # latents, context
+        if config.context_channels:
+            self.context_in = nn.Linear(config.context_channels, width)
+            self.null_context = nn.Parameter(torch.zeros(width))  # stands where a plan is dropped
+        self.positions = Positions(config)
+        self.time_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.text_in = nn.Sequential(
+            nn.Linear(config.text_dim, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.scale_out = nn.Linear(width, width)
+        self.latents_out = nn.Linear(width, patch_channels)
+        self.init_weights()
+
+    def init_weights(self):
+        """Xavier for every matrix, then zeros: block outputs, all scales of t, the last layer."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        zero = [self.scale_out, self.latents_out]
+        for block in self.blocks:
+            zero += [block.scale, block.spatial.out, block.full.out, block.cross.out, block.ffn_out]
+        for module in zero:
+            nn.init.zeros_(module.weight)
+        nn.init.normal_(self.type_embedding, std=0.5)
+        if self.config.context_channels:
+            nn.init.normal_(self.null_context, std=0.5)
+
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        text: Tensor,
+        context: Tensor | None = None,
+        keep_context: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity of z.
+
+        z: (B, C, T, h, w) noisy latents; t: (B,) in [0, 1], 1 = noise; text: (B, L, text_dim),
+        zeros = the null text; context: (B, K, S, hs, ws) semantics, exactly when the config has a
+        context; keep_context: (B,) bool, False = this sample's plan is dropped. Returns
+        (B, C, T, h, w). Raises ValueError for sizes or conditions that do not fit the config.
+        """
+        config, (_, _, frames, height, width) = self.config, z.shape
+        p = config.patch
+        if height % p or width % p:
+            raise ValueError(f"latents of {height} x {width} do not divide into patches of {p}")
+        if (context is not None) != bool(config.context_channels):
+            raise ValueError(
+                f"context {'given' if context is not None else 'missing'}, "
+                f"but context_channels is {config.context_channels}"
+            )
+        x = self.latents_in(rearrange(z, "b c t (h p) (w q) -> b (t h w) (c p q)", p=p, q=p))
+        x = x + self.type_embedding[0].to(x)  # (B, T h/p w/p, D)
+        streams = [Stream(frames, height * width // p**2, config.rate)]
+        coords = [grid_coords(frames, height // p, width // p, config.rate)]
+        if context is not None:
+            semantics = self.context_in(rearrange(context, "b k s h w -> b (s h w) k"))
+            if keep_context is not None:
+                semantics = semantics.where(keep_context[:, None, None], self.null_context.to(x))
+            x = torch.cat([x, semantics + self.type_embedding[1].to(x)], 1)  # (B, N, D), Sec. 3.2
+            streams.append(
+                Stream(context.shape[2], math.prod(context.shape[3:]), config.context_rate)
+            )
+            coords.append(grid_coords(*context.shape[2:], config.context_rate))
+
+        features, cos, sin = self.positions(torch.cat(coords).to(z.device))
+        x = x + features.to(x)
+        time = F.silu(self.time_in(time_features(t)))  # (B, D)
+        text = self.text_in(text)  # (B, L, D)
+
+        within_frame = partial(
+            frame_attention, frame_tokens=[s.tokens for s in streams for _ in range(s.frames)]
+        )
+        over_time = [attention, attention]  # even and odd layers
+        if config.window is not None:
+            over_time = [
+                partial(
+                    windowed_attention,
+                    groups=windows(streams, config.window, shifted, z.device),
+                    attend=attention,
+                )
+                for shifted in (False, True)
+            ]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, time, text, cos, sin, within_frame, over_time[layer % 2])
+
+        x = x[:, : streams[0].frames * streams[0].tokens]  # the semantics have done their work
+        x = self.latents_out(rms_norm(x) * (1 + self.scale_out(time)).to(x)[:, None])
+        return rearrange(
+            x, "b (t h w) (c p q) -> b c t (h p) (w q)", t=frames, h=height // p, p=p, q=p
+        )
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Return sines and cosines of t, (B,) in [0, 1] -> (B, 256): slow to fast waves, as usual."""
+    frequencies = 1000 * torch.logspace(0, -4, 128, device=t.device)
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)

@@ -15,7 +15,7 @@ SemanticGen Sec. 3.1, Eqs. 1 to 4. Pure functions of tensors: no network, no dev
 Letters: B batch; any further axes are the data's own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -86,12 +86,6 @@ def guidance_weights(*scales: float) -> list[float]:
     only the last (conditional only), scale 0 everywhere only the first (unconditional only).
     """
     return [above - below for above, below in pairwise([1.0, *scales, 0.0])]
-
-
-def guide(velocities: Sequence[Tensor], *scales: float) -> Tensor:
-    """Combine v_0, v_1, ... (B, ...), one more than scales, as `guidance_weights` says."""
-    weights = guidance_weights(*scales)
-    return sum(weight * v for weight, v in zip(weights, velocities, strict=True))
 
 
 def time_grid(steps: int, shift: float = 1.0) -> Tensor:

@@ -9,8 +9,8 @@ attention runs in windows of time that shift by half in odd layers (swin.py).
 One class, three uses: painter (stage 2: VAE latents, with semantics as context), planner (stage 1:
 the semantics are what is denoised, no context) and base (VAE latents, no context).
 
-Letters: B batch; C T h w channels, frames, height, width of what is denoised; K S hs ws those of the
-context; N tokens; D width; A heads; L text tokens. Tokens run frame by frame, latents first.
+Letters: B batch; C T h w channels, frames, height, width of what is denoised; K S hs ws those of
+the context; N tokens; D width; A heads; L text tokens. Tokens run frame by frame, latents first.
 """
 
 import math
@@ -51,7 +51,7 @@ class DiTConfig:
         head = self.width // self.heads
         if self.width % self.heads or head % 2 or head < 6:
             raise ValueError(
-                f"width {self.width} over {self.heads} heads: a head needs an even width of at least 6"
+                f"width {self.width} over {self.heads} heads: each needs an even width, at least 6"
             )
 
 

@@ -73,8 +73,8 @@ class TinyEncoder(nn.Module):
         """Return (S, hs, ws); ValueError names the multiples that fit."""
         if frames % 2 or height % self.patch or width % self.patch or not frames:
             raise ValueError(
-                f"semantic video of {frames} frames, {height} x {width}: the encoder needs pairs of "
-                f"frames and multiples of {self.patch} pixels"
+                f"semantic video of {frames} frames, {height} x {width}: the encoder needs pairs "
+                f"of frames and multiples of {self.patch} pixels"
             )
         return frames // 2, height // self.patch, width // self.patch
 
@@ -147,7 +147,7 @@ class Captioner(nn.Module):
         return self.head(self.norm(x))
 
     def loss(self, features: Tensor, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return next-word cross-entropy up to the first `end`; logs the share of captions right."""
+        """Return next-word cross-entropy to the first `end`; logs the share of captions right."""
         ids = self.tokenize(captions).to(features.device)
         used = max(len(caption.split()) for caption in captions) + 1
         ids = ids[:, : min(used, self.words + 1)]  # (B, M)

@@ -1,7 +1,7 @@
 """Text encoders: strings to tokens that the DiT reads by cross-attention.
 
-The paper does not name its text encoder. Here: `HashText`, a tiny one without weights that takes any
-string (our choice for miniatures, where the DiT learns the words itself).
+The paper does not name its text encoder. Here: `HashText`, a tiny one without weights that takes
+any string (our choice for miniatures, where the DiT learns the words itself).
 Contract: padding rows are zero and the empty string is all zeros, the null text of guidance.
 """
 

@@ -23,7 +23,6 @@ from flow import (
     expand_time,
     flow_loss,
     guidance_weights,
-    guide,
     path,
     sample_time,
     shift_time,
@@ -45,6 +44,11 @@ def batches(draw, count: int = 2) -> list[Tensor]:
         torch.from_numpy(draw(arrays.arrays("float64", shape, elements=numbers)))
         for _ in range(count)
     ]
+
+
+def guide(velocities: list[Tensor], *scales: float) -> Tensor:
+    """Combine v_0, v_1, ... as the weights say."""
+    return sum(w * v for w, v in zip(guidance_weights(*scales), velocities, strict=True))
 
 
 def randn(*shape: int, seed: int = 0, dtype=torch.float64) -> Tensor:

@@ -1,0 +1,316 @@
+"""Folders of real videos as datasets, and a look at any dataset's clips.
+
+A dataset (`World`, `Folder`) has `config`, `len`, `batch(indices)`, `captions(indices)` and
+`semantic_video(indices)` (only the low-rate frames). Video is uint8 `(B, 3, F, H, W)`. Every clip
+comes at two rates: `video` for the VAE, and a few frames of the same stretch of time for the
+semantic encoder. Frames are chosen by timestamp: the frame at t is what a player shows at t.
+
+    python data.py preview [--data FOLDER] [--out FILE.png] [--count N] [--size PIXELS]
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from itertools import chain, count
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+from torch import Tensor
+
+from world import Batch, DataConfig, World
+
+
+class DataError(ValueError):
+    """Data the user can put right, in one line."""
+
+
+def semantic_times(config: DataConfig) -> list[float]:
+    """Return the seconds into a clip of each semantic frame; beyond the end, the last frame's."""
+    last = (config.frames - 1) / config.fps
+    return [min(k / config.semantic_fps, last) for k in range(config.semantic_frames)]
+
+
+# --- real videos --------------------------------------------------------------------------------
+
+PILLOW = (".gif", ".webp", ".apng", ".png")  # read without PyAV
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".webp", ".apng")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # frames in a folder
+TOLERANCE = 1e-3  # seconds: some containers round timestamps to a millisecond
+Picture = Callable[[], Image.Image]  # only the frames that are used get converted to RGB
+
+
+def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
+    """Yield (seconds until which it is on screen, picture) of each frame; the first starts at 0."""
+    until = 0.0
+    with Image.open(path) as file:
+        for image in ImageSequence.Iterator(file):
+            picture = image.copy()  # decodes, which also sets the duration
+            until += (image.info.get("duration") or 100) / 1000  # players take 0 for 100 ms
+            yield until, picture.copy
+
+
+def frames_by_av(path: Path) -> Iterator[tuple[float, Picture]]:
+    """Likewise for what ffmpeg reads."""
+    try:
+        import av
+    except ImportError:
+        need = f'reading {path.suffix or "it"} needs PyAV: pip install "semanticgen[video]"'
+        raise DataError(need) from None
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise DataError("there is no video in it")
+        stream, first, start, before = container.streams.video[0], None, 0.0, None
+        usual = 1 / float(stream.average_rate or 25)  # seconds a frame
+        for frame in container.decode(stream):
+            if first is None:
+                first = start = frame.time or 0.0
+            else:
+                in_order = frame.time is not None and frame.time > start
+                start = frame.time if in_order else start + usual  # raw streams have no times
+                yield start - first, partial(upright, before)
+            before = frame
+        if before is not None:
+            length = float(before.duration * stream.time_base) or usual
+            yield start - first + length, partial(upright, before)
+
+
+def upright(frame) -> Image.Image:
+    """Return a frame of PyAV, turned (counter-clockwise) as the video's metadata asks."""
+    return frame.to_image().rotate(frame.rotation, expand=True)
+
+
+def frames_by_name(folder: Path, fps: float) -> Iterator[tuple[float, Picture]]:
+    """Likewise for a folder of images, in the order of their names, at a constant rate."""
+    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
+    for k, image in enumerate(images, 1):
+        yield k / fps, lambda path=image: ImageOps.exif_transpose(Image.open(path))
+
+
+def frames_at(path: Path, times: Iterable[float], fps: float) -> Iterator[tuple[Image.Image, bool]]:
+    """Yield the picture on screen at each of the ascending times, in one pass over a video.
+
+    After the end the last one is held, and the bool, True until then, is False. fps is for a folder
+    of images, which has no times of its own. DataError if the video cannot be read.
+    """
+    try:
+        if path.is_dir():
+            frames = frames_by_name(path, fps)
+        else:
+            frames = (frames_by_pillow if path.suffix.lower() in PILLOW else frames_by_av)(path)
+        times, picture = iter(times), None
+        time = next(times)
+        with closing(frames):
+            for until, picture in frames:
+                image = None
+                while time < until - TOLERANCE:
+                    image = image or picture()
+                    yield image, True
+                    if (time := next(times, None)) is None:
+                        return
+        if picture is None:
+            raise DataError("there are no frames in it")
+        image = picture()
+        for _ in chain([time], times):
+            yield image, False
+    except Exception as error:  # whatever a decoder makes of a broken file
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        reason = (reason or type(error).__name__) if path.exists() else "no such file"
+        raise DataError(f"{path}: {reason}") from None
+
+
+def fit(image: Image.Image, height: int, width: int) -> Tensor:
+    """Cut the middle of an image to the target's aspect and resize it: (3, H, W) uint8."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    scale = min(image.width / width, image.height / height)
+    left = max(0.0, (image.width - scale * width) / 2)
+    top = max(0.0, (image.height - scale * height) / 2)
+    box = (left, top, image.width - left, image.height - top)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, box)
+    return torch.from_numpy(rearrange(np.array(image), "h w c -> c h w"))
+
+
+def read_video(path: Path, times: Sequence[float], height: int, width: int, fps=8.0) -> Tensor:
+    """Return the frames on screen at ascending times, (3, len(times), H, W) uint8 (`frames_at`)."""
+    return torch.stack([fit(x, height, width) for x, _ in frames_at(Path(path), times, fps)], 1)
+
+
+def cut(path: Path, config: DataConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the consecutive clips of a video at both rates, at least one, in one pass over it.
+
+    Each is (3, F, H, W) and (3, Fs, Hs, Ws), uint8. The rest at the end is left out.
+    """
+    high, low = [k / config.fps for k in range(config.frames)], semantic_times(config)
+    moments = sorted({*high, *low})
+    times = (k * config.seconds + moment for k in count() for moment in moments)
+    pictures = frames_at(path, times, config.fps)
+    for clip in count():
+        video, semantic_video = [], []
+        for moment, (image, playing) in zip(moments, pictures, strict=False):
+            if not playing and clip > 0:
+                return
+            if moment in high:
+                video.append(fit(image, config.height, config.width))
+            if moment in low:
+                picture = fit(image, config.semantic_height, config.semantic_width)
+                semantic_video += low.count(moment) * [picture]
+        yield torch.stack(video, 1), torch.stack(semantic_video, 1)
+
+
+def reference_clip(path: Path, config: DataConfig) -> Batch:
+    """Return the first config.seconds of a video as a batch of one, without a caption."""
+    with closing(cut(Path(path), config)) as clips:
+        video, semantic_video = next(clips)
+    return Batch(video[None], semantic_video[None], [""])
+
+
+def list_videos(folder: Path) -> list[tuple[Path, str]]:
+    """Return (file, caption) of a dataset folder; the caption is "" where there is none."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    listing = folder / "captions.jsonl"
+    if not listing.exists():
+        files = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in VIDEOS)
+        if not files:
+            raise DataError(f"{folder}: neither captions.jsonl nor any video is in it")
+        texts = [p.with_suffix(".txt") for p in files]
+        texts = [p.read_text("utf-8", "replace") if p.is_file() else "" for p in texts]
+        return [(file, " ".join(text.split())) for file, text in zip(files, texts, strict=True)]
+    entries = []
+    for number, line in enumerate(listing.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            name, text = Path(entry["video"]), " ".join(entry["caption"].split())
+        except (ValueError, TypeError, KeyError, AttributeError):
+            form = '{"video": "relative/path.mp4", "caption": "..."}'
+            raise DataError(f"{listing}, line {number}: expected {form}") from None
+        if name.is_absolute() or ".." in name.parts:
+            raise DataError(f"{listing}, line {number}: {name} must lie in the folder")
+        entries.append((folder / name, text))
+    if not entries:
+        raise DataError(f"{listing}: empty, expected one line for each video")
+    return entries
+
+
+class Folder:
+    """Clips of real videos: consecutive pieces of config.seconds, at least one of each video.
+
+    The folder holds captions.jsonl with lines {"video": "relative/path.mp4", "caption": "..."}, or
+    NAME.txt beside each video. What cannot be read is named, counted and `skipped`.
+    """
+
+    MEMORY = 2 * 1024**3  # bytes of clips that are kept; other videos are decoded when asked for
+
+    def __init__(self, path: Path, config: DataConfig, warn: Callable[[str], None] = print):
+        self.config, self.skipped = config, []  # (file, reason)
+        self._kept: dict[Path, list[tuple[Tensor, Tensor]]] = {}
+        self._clips: list[tuple[Path, int, str]] = []  # file, which of its clips, caption
+        videos = list_videos(Path(path))
+        for file, text in videos:
+            try:
+                if not text:
+                    raise DataError(f"{file}: no caption, or an empty one")
+                self._clips += [(file, k, text) for k in range(len(self._load(file)))]
+            except DataError as error:
+                self.skipped.append((file, str(error).removeprefix(f"{file}: ")))
+                warn(f"skipped {error}")
+        if self.skipped:
+            warn(f"{path}: skipped {len(self.skipped)} of {len(videos)} videos")
+        if not self._clips:
+            raise DataError(f"{path}: no video can be used; the first: {self.skipped[0][1]}")
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        video = torch.stack([self._clip(i)[0] for i in indices])
+        return Batch(video, self.semantic_video(indices), self.captions(indices))
+
+    def semantic_video(self, indices: Sequence[int]) -> Tensor:
+        """Return only the low-rate frames, (B, 3, Fs, Hs, Ws) uint8."""
+        return torch.stack([self._clip(i)[1] for i in indices])
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        return [self._clips[i][2] for i in indices]
+
+    def _clip(self, index: int) -> tuple[Tensor, Tensor]:
+        file, k, _ = self._clips[index]
+        return self._load(file)[k]
+
+    def _load(self, file: Path) -> list[tuple[Tensor, Tensor]]:
+        """Return all clips of a video at both rates, decoded once if memory allows."""
+        if file not in self._kept:
+            clips = list(cut(file, self.config))
+            kept = sum(len(x) for x in self._kept.values()) + len(clips)
+            if self._kept and kept * (clips[0][0].numel() + clips[0][1].numel()) > self.MEMORY:
+                self._kept.popitem()  # the last one came last
+            self._kept[file] = clips
+        return self._kept[file]
+
+
+# --- looking at clips ---------------------------------------------------------------------------
+
+
+def contact_sheet(videos: Tensor, labels: Sequence[str], path: Path | None = None) -> Image.Image:
+    """Draw one row for each clip, up to 8 of its frames under its label; write it as PNG to path.
+
+    videos: (B, 3, F, H, W) uint8
+    """
+    B, _, F, H, W = videos.shape
+    scale, gap, line = max(1, round(128 / max(H, W))), 4, 18  # pixels
+    H, W = H * scale, W * scale
+    numbers = np.linspace(0, F - 1, min(F, 8)).round().astype(int)
+    width = max(480, len(numbers) * (W + gap) + gap)
+    font = ImageFont.load_default(14)
+    texts = [textwrap.wrap(x, int((width - 2 * gap) / font.getlength("W"))) for x in labels]
+    height = sum(len(text) * line + H + 2 * gap for text in texts)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, y = ImageDraw.Draw(sheet), 0
+    for video, text in zip(videos, texts, strict=True):
+        for row in text:
+            draw.text((gap, y), row, "black", font)
+            y += line
+        for column, frame in enumerate(rearrange(video[:, numbers], "c f h w -> f h w c")):
+            picture = Image.fromarray(frame.numpy()).resize((W, H), Image.Resampling.NEAREST)
+            sheet.paste(picture, (gap + column * (W + gap), y))
+        y += H + 2 * gap
+    if path is not None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        sheet.save(temporary, "png")
+        temporary.replace(path)
+    return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["preview"], help="draw a sheet of clips with captions")
+    parser.add_argument("--data", type=Path, help="folder of videos; without: the synthetic world")
+    parser.add_argument("--out", type=Path, default=Path("preview.png"))
+    parser.add_argument("--count", type=int, default=8, help="clips")
+    parser.add_argument("--size", type=int, default=32, help="height and width of a clip, pixels")
+    args = parser.parse_args()
+    try:
+        if args.count < 1 or args.size < 1:
+            raise DataError("--count and --size must be at least 1")
+        config = DataConfig(height=args.size, width=args.size)
+        dataset = Folder(args.data, config) if args.data else World(config, "train")
+        clips = dataset.batch(range(min(args.count, len(dataset))))
+        contact_sheet(clips.video, clips.captions, args.out)
+        print(f"{args.out}: {len(clips.captions)} of {len(dataset)} clips")
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

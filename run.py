@@ -1,0 +1,308 @@
+"""A run: its configuration, its folder, and the parts put together from both.
+
+    runs/NAME/config.json            every field, versions and commit
+              STAGE.safetensors      EMA weights of a finished (or previewed) stage
+              STAGE.state            what training needs to go on: weights, EMA, optimizers, step
+              metrics.jsonl loss.png samples/
+
+This is the one place that knows the files of a run and which part needs which. Weights are
+safetensors and states are read with `weights_only`: loading never runs what a file contains.
+
+    python run.py export runs/tiny assets/tiny      # weights alone, in half precision
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from config import STAGES, Config, UserError, build, field_types, flat_fields
+from data import DataError
+from model import DiT
+from semantic import Compressor, TinyEncoder
+from text import HashText
+from vae import TinyVAE
+
+FORMAT = 1  # of the run folder; raised when older folders can no longer be read
+NEEDS = {  # the stages whose weights a stage is trained on, in the order of training
+    "vae": (),
+    "encoder": (),
+    "latent": ("vae", "encoder"),
+    "semantic": ("vae", "encoder", "latent"),
+    "base": ("vae",),
+}
+ASSETS = Path(__file__).parent / "assets" / "tiny"  # the shipped tiny weights, themselves a run
+
+
+# --- the machine --------------------------------------------------------------------------------
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def faster_dtype(device: torch.device) -> str:
+    """Return "bfloat16" where its matrix products are clearly faster than float32's, measured."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.randn(1024, 1024, device=device).to(dtype)
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            a = a @ a / 32
+            float(a[0, 0])  # waits for the device
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return "bfloat16" if 1.3 * seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
+
+
+@contextlib.contextmanager
+def computing(device: torch.device, dtype: str):
+    """Run matrix products in dtype ("bfloat16" or "float32") and pick the kernels that suit."""
+    with contextlib.ExitStack() as stack:
+        if dtype == "bfloat16":
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        if device.type == "cpu":  # torch's fused attention is slow here on short sequences
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, data: bytes):
+    """Write a file whole or not at all: to a temporary name in the same folder, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Return what a reader needs to repeat a run: versions of the libraries and our commit."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    return {
+        "commit": commit or "unknown",
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+class Run:
+    """A run folder and its parts, loaded when first asked for, frozen and in eval mode."""
+
+    def __init__(self, path: Path, config: Config, device: torch.device | None = None):
+        self.path, self.config = Path(path), config
+        self.device = device or default_device()
+
+    @classmethod
+    def create(cls, path: Path, config: Config) -> "Run":
+        """Start a run folder, or open it if it is there with the same configuration.
+
+        Raises UserError, naming the fields, where the folder's own configuration differs.
+        """
+        if (Path(path) / "config.json").exists():
+            run = cls.open(path)
+            new = config if config.dtype != "auto" else replace(config, dtype=run.config.dtype)
+            old, new = flat_fields(run.config), flat_fields(new)
+            changed = [
+                f"{name} {old[name]} -> {new[name]}"
+                for name in old
+                if old[name] != new[name]
+                and not (name.startswith("sample.") or name.endswith(".steps"))  # free to change
+            ]
+            if changed:
+                raise UserError(
+                    f"{path} was made with other settings ({', '.join(changed[:4])}): "
+                    f"give another --out, or remove it"
+                )
+            run.config = build(Config, new)
+        else:
+            run = cls(path, config)
+            if config.dtype == "auto":
+                run.config = replace(config, dtype=faster_dtype(run.device))
+        content = {"format": FORMAT, "versions": versions(), "config": flat_fields(run.config)}
+        write_file(run.path / "config.json", json.dumps(content, indent=1).encode())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """Open a run folder; UserError if it is not one, or one of another version."""
+        file = Path(path) / "config.json"
+        try:
+            content = json.loads(file.read_text())
+            if content["format"] != FORMAT:
+                raise UserError(f"{file}: format {content['format']}, this version reads {FORMAT}")
+            values, known = content["config"], field_types(Config)
+            if values.keys() != known.keys():
+                odd = sorted(values.keys() ^ known.keys())
+                raise UserError(f"{file}: made by another version; fields that differ: {odd[:4]}")
+            return cls(Path(path), build(Config, values))
+        except FileNotFoundError:
+            raise UserError(
+                f"{path} is no run; train one: python train.py --stage all --tiny --out {path}"
+            ) from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is not readable as a run's configuration: {error!r}") from None
+
+    # Parts by stage, as they are trained and saved together.
+
+    def build(self, stage: str) -> nn.ModuleDict:
+        """Return a stage's modules, freshly initialised."""
+        config = self.config
+        if stage == "vae":
+            return nn.ModuleDict({"vae": TinyVAE(config.vae)})
+        if stage == "encoder":
+            return nn.ModuleDict({"encoder": TinyEncoder(config.encoder)})
+        if stage == "latent":
+            compressor = Compressor(config.encoder.dim, config.compressor)
+            return nn.ModuleDict({"compressor": compressor, "dit": DiT(config.latent)})
+        if stage == "semantic":
+            return nn.ModuleDict({"dit": DiT(config.semantic)})
+        return nn.ModuleDict({"dit": DiT(replace(config.latent, context_channels=0))})
+
+    def weights_file(self, stage: str) -> Path:
+        return self.path / f"{stage}.safetensors"
+
+    def state_file(self, stage: str) -> Path:
+        return self.path / f"{stage}.state"
+
+    def forget(self, stage: str):
+        """Remove a stage's weights and state, and those of the stages trained on it."""
+        for name in [stage, *(s for s in STAGES if stage in NEEDS[s])]:
+            self.weights_file(name).unlink(missing_ok=True)
+            self.state_file(name).unlink(missing_ok=True)
+
+    def has(self, stage: str) -> bool:
+        return self.weights_file(stage).exists()
+
+    def save(self, stage: str, tensors: dict[str, Tensor], note: dict[str, str]):
+        """Write a stage's weights; note: strings kept in the file's header."""
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        write_file(self.weights_file(stage), save(tensors, {"stage": stage, **note}))
+
+    def load(self, stage: str) -> nn.ModuleDict:
+        """Return a stage's trained modules, frozen; UserError if they are missing or do not fit."""
+        file = self.weights_file(stage)
+        if not file.exists():
+            raise UserError(
+                f"{self.path} has no {file.name} yet: python train.py --stage {stage} "
+                f"--preset {self.config.preset} --out {self.path}"
+            )
+        with torch.random.fork_rng():  # initial values do not touch the caller's random numbers
+            modules = self.build(stage)
+        try:
+            tensors = {name: x.float() for name, x in load_file(file).items()}
+            modules.load_state_dict(tensors)
+        except (safetensors.SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"{file} does not fit this run's configuration: {reason}") from None
+        return modules.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def vae(self) -> TinyVAE:
+        return self.load("vae")["vae"]
+
+    @cached_property
+    def encoder(self) -> TinyEncoder:
+        return self.load("encoder")["encoder"]
+
+    @cached_property
+    def text(self) -> HashText:
+        return HashText(self.config.text)
+
+    @cached_property
+    def painter(self) -> nn.ModuleDict:
+        """Stage 2: {"compressor", "dit"}."""
+        return self.load("latent")
+
+    @cached_property
+    def planner(self) -> DiT:
+        return self.load("semantic")["dit"]
+
+    @cached_property
+    def base(self) -> DiT:
+        return self.load("base")["dit"]
+
+    def save_state(self, stage: str, state: dict):
+        """Write a training state; the old one stays until the new one is complete."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_file(self.state_file(stage), buffer.getvalue())
+
+    def load_state(self, stage: str) -> dict | None:
+        """Return a stage's training state, or None if there is none."""
+        file = self.state_file(stage)
+        if not file.exists():
+            return None
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch names many: a zip error, an unpickling error, ...
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(
+                f"{file} is not a training state ({reason}): --fresh starts over"
+            ) from None
+
+
+def export(source: Path, target: Path):
+    """Copy a run's configuration and finished weights, in half precision, to another folder."""
+    run = Run.open(source)
+    found = [stage for stage in STAGES if run.has(stage) and stage != "base"]
+    for stage in found:
+        with safetensors.safe_open(run.weights_file(stage), "pt") as file:
+            note = file.metadata()
+        tensors = {name: x.half() for name, x in load_file(run.weights_file(stage)).items()}
+        Run(target, run.config).save(stage, tensors, note)
+    write_file(Path(target) / "config.json", (run.path / "config.json").read_bytes())
+    print(f"{', '.join(found)} -> {target}")
+
+
+def command(main: Callable[[], None]):
+    """Run a command line's main: a UserError becomes one line and exit code 2."""
+    try:
+        main()
+    except (UserError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["export"])
+    parser.add_argument("source", type=Path, help="a run folder")
+    parser.add_argument("target", type=Path, help="where its weights go")
+    args = parser.parse_args()
+    export(args.source, args.target)
+
+
+if __name__ == "__main__":
+    command(main)

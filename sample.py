@@ -1,0 +1,291 @@
+"""Sampling: text (or a reference video) to video files.
+
+SemanticGen Fig. 3c: text -> planner -> z_sem -> painter (with the text again) -> VAE decoder. With
+a reference (Fig. 4), z_sem comes from a real video through encoder and compressor instead.
+
+    python sample.py                                            # shipped weights, a default prompt
+    python sample.py "a red circle moves left" --run runs/tiny --seed 1 --out samples/red.webp
+    python sample.py --reference clip.mp4
+
+Every sample has its own noise, fixed by seed and prompt: it does not depend on what else is drawn.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from config import UserError
+from data import contact_sheet, reference_clip
+from flow import euler, guidance_weights
+from run import ASSETS, Run, command, write_file
+from text import piece_seed
+from world import to_float, to_uint8
+
+PROMPTS = ("a red circle moves left and a blue square grows",)  # where the user names none
+SUFFIXES = (".gif", ".webp", ".png", ".mp4")
+
+
+def guided(
+    dit: torch.nn.Module,
+    text: Tensor,
+    guidance: float,
+    context: Tensor | None = None,
+    context_guidance: float = 1.0,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return velocity(z, t) with guidance, first towards the plan, if any, then the text.
+
+    text: (B, L, dim); context: (B, K, S, hs, ws). Conditions that weigh anything run as one batch.
+    """
+    if context is None:
+        keep, scales = [(False, False), (True, False)], (guidance,)  # (text, context)
+    else:
+        keep = [(False, False), (False, True), (True, True)]
+        scales = (context_guidance, guidance)
+    weights = guidance_weights(*scales)
+    used = [(weight, *kept) for weight, kept in zip(weights, keep, strict=True) if weight]
+    texts = torch.cat([text * kept_text for _, kept_text, _ in used])  # the null text is zero
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        n = len(used)
+        conditions = {}
+        if context is not None:
+            kept = torch.tensor([kept for *_, kept in used], device=z.device)
+            conditions = {
+                "context": context.repeat(n, 1, 1, 1, 1),
+                "keep_context": kept.repeat_interleave(len(z)),
+            }
+        out = dit(z.repeat(n, 1, 1, 1, 1), t.repeat(n), texts, **conditions).float()
+        return sum(w * v for (w, *_), v in zip(used, out.chunk(n), strict=True))
+
+    return velocity
+
+
+def draw_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return N(0, 1) noise (B, *shape), each sample's from its own seed."""
+    noise = [torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(noise).to(device)
+
+
+@torch.no_grad()
+def sample_plans(
+    run: Run, prompts: Sequence[str], seeds: Sequence[int], frames: int | None = None, **options
+) -> Tensor:
+    """Stage 1: text -> z_sem (B, K, S, hs, ws), for a video of `frames`, or of the trained length.
+
+    options: steps, guidance; by default the run's.
+    """
+    config, data = run.config, run.config.data
+    pairs = replace(data, frames=frames or data.frames).semantic_frames
+    grid = run.encoder.grid(pairs, data.semantic_height, data.semantic_width)
+    noise = draw_noise(seeds, (config.compressor.channels, *grid), run.device)
+    text = run.text.encode(prompts).to(run.device)
+    velocity = guided(run.planner, text, options.get("guidance", config.sample.guidance))
+    steps = options.get("steps", config.sample.steps)
+    plan = euler(velocity, noise, steps, config.stages.semantic.shift)
+    return run.painter["compressor"].denormalise(plan)
+
+
+@torch.no_grad()
+def paint(
+    run: Run,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    plans: Tensor | None,
+    frames: int | None = None,
+    **options,
+) -> Tensor:
+    """Stage 2: text and z_sem (B, K, S, hs, ws) -> video (B, 3, F, H, W) uint8.
+
+    plans None: the base model, which knows no plans. options: steps, latent_guidance,
+    context_guidance (base: base_guidance); by default the run's.
+    """
+    config, data = run.config, run.config.data
+    option = {**vars(config.sample), **options}
+    grid = run.vae.grid(frames or data.frames, data.height, data.width)
+    # Other seeds than the plan's noise has: the two must not be correlated.
+    noise = draw_noise([s + 2**40 for s in seeds], (run.vae.channels, *grid), run.device)
+    text = run.text.encode(prompts).to(run.device)
+    if plans is None:
+        velocity = guided(run.base, text, option["base_guidance"])
+        shift = config.stages.base.shift
+    else:
+        dit = run.painter["dit"]
+        velocity = guided(dit, text, option["latent_guidance"], plans, option["context_guidance"])
+        shift = config.stages.latent.shift
+    return to_uint8(run.vae.decode(euler(velocity, noise, option["steps"], shift)))
+
+
+@torch.no_grad()
+def reference_plans(run: Run, semantic_video: Tensor) -> Tensor:
+    """Return the z_sem of real videos (Fig. 4): (B, 3, F, H, W) uint8 at the low rate."""
+    features = run.encoder.encode(to_float(semantic_video).to(run.device))
+    return run.painter["compressor"].encode(features)
+
+
+def generate(
+    run: Run, prompts: Sequence[str], seeds: Sequence[int], frames: int | None = None, **options
+) -> Tensor:
+    """Both stages: text -> video (B, 3, F, H, W) uint8. options: of `sample_plans` and `paint`."""
+    plans = sample_plans(run, prompts, seeds, frames, **options)
+    return paint(run, prompts, seeds, plans, frames, **options)
+
+
+def prompt_seed(seed: int, prompt: str) -> int:
+    """Return the seed of one sample, a function of the user's seed and of the prompt alone."""
+    return piece_seed(f"{seed} {prompt}") % 2**40
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def enlarge(video: Tensor, least: int = 256) -> Tensor:
+    """Repeat the pixels of a small video (3, F, H, W) a whole number of times, to be seen."""
+    factor = max(1, least // video.shape[-2])
+    return video.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def write_video(path: Path, video: Tensor, fps: float):
+    """Write an animation; the suffix says which: .gif, .webp (lossless) or .mp4 (needs PyAV).
+
+    video: (3, F, H, W) uint8. Small videos are enlarged.
+    """
+    frames = rearrange(enlarge(video).cpu().numpy(), "c f h w -> f h w c")
+    buffer = BytesIO()
+    if path.suffix == ".mp4":
+        try:
+            import av
+        except ImportError:
+            raise UserError(
+                f'{path}: .mp4 needs PyAV: pip install "semanticgen[video]"; or choose .webp'
+            ) from None
+        with av.open(buffer, "w", format="mp4") as file:
+            stream = file.add_stream("libx264", rate=round(fps * 1000) / 1000)
+            height, width = frames.shape[1:3]
+            stream.width, stream.height = width - width % 2, height - height % 2  # yuv420p
+            stream.pix_fmt, stream.options = "yuv420p", {"crf": "12"}
+            for image in frames[:, : stream.height, : stream.width]:
+                image = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                file.mux(stream.encode(image))
+            file.mux(stream.encode())
+    else:
+        images = [Image.fromarray(image) for image in frames]
+        options = {"lossless": True} if path.suffix == ".webp" else {}
+        images[0].save(
+            buffer,
+            path.suffix[1:],
+            save_all=True,
+            append_images=images[1:],
+            duration=1000 / fps if path.suffix == ".webp" else round(100 / fps) * 10,
+            loop=0,
+            **options,
+        )
+    write_file(path, buffer.getvalue())
+
+
+def write_samples(out: Path, videos: Tensor, labels: Sequence[str], fps: float, stem=None):
+    """Write one animation for each video and a contact sheet of all beside them; print their names.
+
+    videos: (B, 3, F, H, W) uint8. With .png there is only the sheet.
+    """
+    sheet = BytesIO()
+    contact_sheet(videos.cpu(), list(labels)).save(sheet, "png")
+    if out.suffix != ".png":
+        for i, video in enumerate(videos):
+            name = out if len(videos) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
+            write_video(name, video, fps)
+            print(name)
+    write_file(out.with_suffix(".png"), sheet.getvalue())
+    print(out.with_suffix(".png"))
+
+
+def clip_frames(run: Run, seconds: float) -> int:
+    """Return the frames of a video of about that length: whole latents and whole pairs."""
+    data = run.config.data
+    whole = math.lcm(run.config.vae.time_patch, max(1, round(2 * data.fps / data.semantic_fps)))
+    frames = round(seconds * data.fps / whole) * whole
+    if frames < whole:
+        raise UserError(f"--seconds {seconds}: the shortest clip here is {whole / data.fps} s")
+    return frames
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("prompts", nargs="*", metavar="prompt")
+    parser.add_argument("--run", type=Path, default=ASSETS, help="run folder with the weights")
+    parser.add_argument("--reference", type=Path, help="a video whose plan is used, not stage 1's")
+    parser.add_argument(
+        "--base", action="store_true", help="sample the base model, which has no plan"
+    )
+    parser.add_argument("--seconds", type=float, help="length; the trained one if not given")
+    parser.add_argument("--steps", type=int, help="Euler steps of each stage")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        nargs="+",
+        metavar="G",
+        help="one; or two: planner, painter; or three: planner, painter's text, painter's plan",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("samples/sample.webp"), help=f"{SUFFIXES}")
+    args = parser.parse_args()
+    if args.out.suffix not in SUFFIXES:
+        raise UserError(
+            f"--out {args.out}: nobody writes that suffix; choose {', '.join(SUFFIXES)}"
+        )
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps {args.steps}: at least 1")
+    if any(not prompt.strip() for prompt in args.prompts):
+        raise UserError("a prompt is empty: leave it out for the default prompt")
+
+    run = Run.open(args.run)
+    data = run.config.data
+    options = {"steps": args.steps} if args.steps else {}
+    if args.guidance:
+        planner, painter, plan = {1: (0, 0, 0), 2: (0, 1, 1), 3: (0, 1, 2)}.get(
+            len(args.guidance), (None, None, None)
+        )
+        if planner is None:
+            raise UserError(f"--guidance: one to three numbers, not {len(args.guidance)}")
+        options["guidance"] = args.guidance[planner]
+        options["latent_guidance"] = options["base_guidance"] = args.guidance[painter]
+        options["context_guidance"] = args.guidance[plan]
+    frames = clip_frames(run, args.seconds) if args.seconds is not None else data.frames
+
+    if args.reference:
+        clip = reference_clip(args.reference, data)
+        plans, real = reference_plans(run, clip.semantic_video), clip.video
+        prompts = args.prompts or [""]
+        plans = plans.expand(len(prompts), *plans.shape[1:])
+    else:
+        prompts = args.prompts or list(PROMPTS)
+    videos = []
+    for i, prompt in enumerate(prompts):  # one by one: bit for bit the same in any company
+        seeds = [prompt_seed(args.seed, prompt)]
+        if args.reference:
+            video = paint(run, [prompt], seeds, plans[i : i + 1], **options)
+        elif args.base:
+            video = paint(run, [prompt], seeds, None, frames, **options)
+        else:
+            video = generate(run, [prompt], seeds, frames, **options)
+        videos.append(video.cpu())
+    labels = list(prompts)
+    if args.reference:
+        videos.insert(0, real)
+        labels = [f"reference: {args.reference.name}"]
+        labels += [f"painted from its plan{', ' + p if p else ''}" for p in prompts]
+    write_samples(args.out, torch.cat(videos), labels, data.fps)
+
+
+if __name__ == "__main__":
+    command(main)

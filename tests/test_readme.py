@@ -1,0 +1,52 @@
+"""README against the code: every symbol, file and field that it names exists."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from config import field_types, flat_fields, override, tiny
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SYMBOLS = sorted(set(re.findall(r"`(\w+)\.py::([\w.]+)`", README)))
+FILES = sorted(set(re.findall(r"[\w/]+\.(?:py|txt|png|toml)\b", README)) - {"one.txt"})
+FIELDS = sorted(set(re.findall(r"`((?:stages|sample|compressor|latent)\.[\w.*]+)`", README)))
+
+
+def test_the_map_is_not_empty():
+    assert len(SYMBOLS) > 20 and len(FIELDS) > 5
+
+
+@pytest.mark.parametrize(("module", "symbol"), SYMBOLS)
+def test_symbol_exists(module, symbol):
+    found = importlib.import_module(module)
+    for name in symbol.split("."):
+        found = getattr(found, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_exists(name):
+    if not name.startswith(("clips/", "samples/", "runs/")):
+        assert (ROOT / name).exists(), f"README names {name}"
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_field_exists(name):
+    pattern = re.escape(name).replace(r"\*", r"\w+")
+    assert any(re.match(pattern, field) for field in flat_fields(tiny())), name
+
+
+def test_every_module_of_the_project_is_in_the_file_list():
+    listed = README[README.index("## Files") :]
+    for file in ROOT.glob("*.py"):
+        assert f"`{file.name}`" in listed, f"{file.name} is missing from README's list of files"
+
+
+def test_overrides_shown_in_the_quick_start_are_valid():
+    shown = re.search(r"`--set ([^`]+)`", README).group(1).split()
+    changed = flat_fields(override(tiny(), shown))
+    for setting in shown:
+        name, value = setting.split("=")
+        assert name in field_types(type(tiny())) and str(changed[name]) == value

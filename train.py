@@ -1,0 +1,470 @@
+"""Training, one stage after the other.
+
+    python train.py --stage all --tiny                   # from nothing to prompts, two CPU cores
+    python train.py --stage latent --preset small        # one GPU
+    python train.py --stage latent --tiny --data FOLDER  # your own videos
+
+SemanticGen trains the painter first (stage `latent`, Sec. 3.2): it teaches the compressor what a
+plan must hold. Then the planner (stage `semantic`, Sec. 3.3), on the frozen compressor's plans.
+Before both, in miniature, what the paper takes ready-made: the VAE (`vae`) and the semantic encoder
+(`encoder`, by predicting captions). `base` is the control: the painter's network without any plan.
+
+Everything random at a step is drawn from one generator seeded by (seed, stage, step), so a run that
+goes on equals one that never stopped, and the step is all there is to remember.
+"""
+
+import argparse
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import sample
+from config import PRESETS, STAGES, StageConfig, UserError, override
+from data import Folder, contact_sheet
+from flow import flow_loss, path, sample_time
+from run import NEEDS, Run, command, computing, write_file
+from semantic import Captioner
+from text import piece_seed
+from world import World, to_float, to_uint8
+
+Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+
+LOG_EVERY = 20  # steps per line of metrics.jsonl
+SAVE_EVERY = 200  # steps per training state
+CHUNK = 128  # clips encoded at a time
+
+
+def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
+    """Return the source of all that is random at one step of one stage."""
+    return torch.Generator().manual_seed(piece_seed(f"{seed} {stage} {step}") % 2**63)
+
+
+# --- what is frozen is computed once -------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def encoded_clips(run: Run, dataset, clips: int, what: str) -> Tensor | list[str]:
+    """Return latents, features or text of the first `clips` clips of a dataset, kept in memory.
+
+    what: "latents" (N, C, T, h, w), "features" (N, d, S, hs, ws) or "text" (N, L, dim).
+    """
+    clips = min(clips, len(dataset))
+    out = []
+    for start in tqdm(range(0, clips, CHUNK), f"encoding {what}", unit="chunk", leave=False):
+        indices = range(start, min(start + CHUNK, clips))
+        if what == "text":
+            out.append(run.text.encode(dataset.captions(indices)))
+            continue
+        with computing(run.device, run.config.dtype):
+            if what == "latents":
+                video = to_float(dataset.batch(indices).video).to(run.device)
+                out.append(run.vae.encode(video).cpu())
+            else:
+                video = to_float(dataset.semantic_video(indices)).to(run.device)
+                out.append(run.encoder.encode(video).bfloat16().cpu())
+    return torch.cat(out)
+
+
+# --- one loss for each stage ---------------------------------------------------------------------
+
+
+def vae_loss(run: Run, modules: nn.ModuleDict, dataset, batch: int) -> Loss:
+    """Reconstruction and KL of fresh clips."""
+    vae, data = modules["vae"], run.config.data
+    grid = (vae.channels, *vae.grid(data.frames, data.height, data.width))
+
+    def loss(rng: torch.Generator):
+        indices = torch.randint(len(dataset), (batch,), generator=rng).tolist()
+        video = to_float(dataset.batch(indices).video).to(run.device)
+        return vae.loss(video, torch.randn(batch, *grid, generator=rng).to(run.device))
+
+    return loss
+
+
+def encoder_loss(run: Run, modules: nn.ModuleDict, dataset, batch: int) -> Loss:
+    """Captions of fresh clips, predicted from the features."""
+
+    def loss(rng: torch.Generator):
+        indices = torch.randint(len(dataset), (batch,), generator=rng).tolist()
+        video = to_float(dataset.semantic_video(indices)).to(run.device)
+        return modules["captioner"].loss(modules["encoder"](video), dataset.captions(indices))
+
+    return loss
+
+
+def diffusion_loss(run: Run, modules: nn.ModuleDict, dataset, stage: str) -> Loss:
+    """Flow matching (Eq. 3) of painter, planner or base; with KL where the plans are learned."""
+    config: StageConfig = getattr(run.config.stages, stage)
+    dit, device = modules["dit"], run.device
+    text = encoded_clips(run, dataset, config.clips, "text")
+    latents = features = None
+    if stage != "semantic":
+        latents = encoded_clips(run, dataset, config.clips, "latents")
+    if stage != "base":
+        features = encoded_clips(run, dataset, config.clips, "features")
+    compressor = modules["compressor"] if stage == "latent" else None
+    if stage == "semantic":
+        compressor = run.painter["compressor"]
+
+    def loss(rng: torch.Generator):
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=rng).to(device)
+
+        def keep(dropout: float) -> Tensor:
+            return (torch.rand(config.batch, generator=rng) >= dropout).to(device)
+
+        indices = torch.randint(len(text), (config.batch,), generator=rng)
+        tokens = text[indices].to(device) * keep(config.text_dropout)[:, None, None]
+        conditions, kl = {}, None
+        if stage == "base":
+            data = latents[indices].to(device)
+        else:
+            z = features[indices].float().to(device)
+            z, kl = compressor(z, normal(len(z), compressor.channels, *z.shape[2:]))
+            if stage == "semantic":
+                data = compressor.normalise(z)
+            else:
+                data = latents[indices].to(device)
+                context = compressor.perturb(z, normal(config.batch), normal(*z.shape))
+                conditions = {"context": context, "keep_context": keep(config.context_dropout)}
+        noise = normal(*data.shape)
+        t = sample_time(config.batch, config.time, config.shift, rng).to(device)
+        velocity = dit(path(data, noise, t), t, tokens, **conditions)
+        by_sample = flow_loss(velocity, data, noise)  # (B,)
+        logs = {"flow": by_sample.detach().mean()}
+        for i in range(4):  # the loss by quarters of t
+            inside = (t * 4).long().clamp(max=3) == i
+            logs[f"flow_t{i}"] = by_sample.detach()[inside].mean() if inside.any() else torch.nan
+        if stage != "latent":
+            return by_sample.mean(), logs
+        logs |= {"kl": kl.detach().sum(), "active_channels": (kl.detach() > 0.1).sum()}
+        return by_sample.mean() + compressor.config.kl_weight * kl.sum(), logs
+
+    return loss
+
+
+# --- optimisation --------------------------------------------------------------------------------
+
+
+def build_optimizers(modules: nn.Module, config: StageConfig) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices inside blocks and AdamW for the rest, or AdamW for all."""
+    named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
+    muon = [p for name, p in named if ".blocks." in name and p.ndim == 2]
+    if config.optimizer == "adamw":
+        muon = []
+    elif config.optimizer != "muon":
+        raise UserError(f"optimizer={config.optimizer}: choose muon or adamw")
+    chosen = {id(p) for p in muon}
+    rest = [p for _, p in named if id(p) not in chosen]
+    optimizers = [
+        torch.optim.AdamW(
+            rest, config.lr, (0.9, 0.99), weight_decay=config.weight_decay, fused=True
+        )
+    ]
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(
+                muon, config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"
+            )
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def lr_factor(step: int, config: StageConfig) -> float:
+    """Return the learning rate at a step over its peak: linear warm-up, then cosine down."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def ema_decay(step: int, config: StageConfig) -> float:
+    """Return the EMA's decay after a step: shorter at first, so that the start is forgotten."""
+    return min(config.ema, (1 + step) / (10 + step))
+
+
+class Interrupt:
+    """While open, Ctrl-C and SIGTERM do not stop the program but set `wanted`, to save first."""
+
+    def __enter__(self):
+        self.wanted = False
+        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        if self.wanted:
+            raise KeyboardInterrupt  # asked twice
+        self.wanted = True
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+def train_stage(run: Run, stage: str, dataset, seed: int):
+    """Train one stage to the end of its steps, from its saved state if there is one."""
+    config: StageConfig = getattr(run.config.stages, stage)
+    torch.manual_seed(piece_seed(f"{seed} {stage}") % 2**63)  # initial weights
+    modules = run.build(stage)
+    if stage == "encoder":
+        modules["captioner"] = Captioner(run.config.encoder, vocabulary(dataset))
+    modules.to(run.device).train()
+    if stage == "latent":
+        modules["compressor"].set_feature_statistics(
+            encoded_clips(run, dataset, config.clips, "features")[:1024].float().to(run.device)
+        )
+    ema = {name: x.detach().clone() for name, x in modules.state_dict().items()}
+    optimizers = build_optimizers(modules, config)
+    state = run.load_state(stage)
+    step, seconds = 0, 0.0
+    if state:
+        step, seconds = state["step"], state["seconds"]
+        modules.load_state_dict(state["modules"])
+        ema = {name: x.to(run.device) for name, x in state["ema"].items()}
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    if step >= config.steps:
+        print(f"{stage}: already trained for {step} steps")
+        return
+    parameters = [p for p in modules.parameters() if p.requires_grad]
+    print(
+        f"{stage}: {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, steps {step} to "
+        f"{config.steps} of {config.batch} clips, {run.config.dtype} on {run.device.type}"
+    )
+    if stage == "vae":
+        loss_of = vae_loss(run, modules, dataset, config.batch)
+    elif stage == "encoder":
+        loss_of = encoder_loss(run, modules, dataset, config.batch)
+    else:
+        loss_of = diffusion_loss(run, modules, dataset, stage)
+    metrics = Metrics(run.path / "metrics.jsonl", stage, step)
+
+    def save_state():
+        run.save_state(
+            stage,
+            {
+                "step": step,
+                "seconds": seconds,
+                "modules": modules.state_dict(),
+                "ema": ema,
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            },
+        )
+
+    bar = tqdm(total=config.steps, initial=step, desc=stage, unit="step", dynamic_ncols=True)
+    with Interrupt() as interrupt, bar:
+        while step < config.steps:
+            start = time.perf_counter()
+            with computing(run.device, run.config.dtype):
+                loss, logs = loss_of(step_generator(seed, stage, step))
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            factor = lr_factor(step, config)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+                optimizer.step()
+                optimizer.zero_grad()
+            update_ema(ema, modules, ema_decay(step, config))
+            step += 1
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"{stage}: the loss is {loss.item()} at step {step}; lower lr or muon_lr"
+                )
+            seconds += time.perf_counter() - start
+            metrics.add({"loss": loss.detach(), "grad_norm": norm, **logs})
+            if step % LOG_EVERY == 0 or step == config.steps:
+                speed = config.batch / (time.perf_counter() - start)
+                line = metrics.write(step, factor, seconds)
+                bar.set_postfix(loss=f"{line['loss']:.4f}", clips_s=f"{speed:.0f}")
+                if line.get("active_channels") == 0 and step > config.warmup:
+                    bar.write(f"warning: step {step}: the plan has died (KL is 0); lower kl_weight")
+            bar.update()
+            if step % SAVE_EVERY == 0 or interrupt.wanted:
+                save_state()
+            if interrupt.wanted:
+                bar.write(
+                    f"stopped; saved {run.state_file(stage)}: the same command goes on from it"
+                )
+                sys.exit(130)
+    finish(run, stage, modules, ema, dataset, {"steps": str(step), "seconds": f"{seconds:.0f}"})
+    save_state()
+    metrics.plot()
+
+
+@torch.no_grad()
+def update_ema(ema: dict[str, Tensor], modules: nn.Module, decay: float):
+    """ema <- decay ema + (1 - decay) weights, in place."""
+    parameters = dict(modules.named_parameters())
+    torch._foreach_lerp_([ema[name] for name in parameters], list(parameters.values()), 1 - decay)
+
+
+def finish(run: Run, stage: str, modules: nn.ModuleDict, ema: dict, dataset, note: dict[str, str]):
+    """Measure what later stages need, write the EMA weights and a preview."""
+    modules = modules.eval()
+    raw = {name: x.clone() for name, x in modules.state_dict().items()}
+    modules.load_state_dict(ema)
+    clips = range(min(512, len(dataset)))
+    if stage == "vae":
+        modules["vae"].set_statistics(to_float(dataset.batch(clips).video).to(run.device))
+    if stage == "latent":
+        count = run.config.stages.latent.clips
+        features = encoded_clips(run, dataset, count, "features")[: 4 * len(clips)]
+        modules["compressor"].set_statistics(features.float().to(run.device))
+    tensors = {k: x for k, x in modules.state_dict().items() if not k.startswith("captioner.")}
+    run.save(stage, tensors, note)
+    modules.load_state_dict(raw)
+    for part in ("vae", "encoder", "painter", "planner", "base"):
+        vars(run).pop(part, None)  # loaded anew when asked for
+    preview(run, stage, dataset)
+
+
+@torch.no_grad()
+def preview(run: Run, stage: str, dataset):
+    """Write samples/STAGE.png: what this stage does with a few clips of the dataset."""
+    if stage == "encoder":
+        return
+    clips = dataset.batch(range(min(6, len(dataset))))
+    seeds = range(len(clips.captions))
+    real = [f"real: {caption}" for caption in clips.captions]
+    if stage == "vae":
+        video = to_uint8(run.vae.decode(run.vae.encode(to_float(clips.video).to(run.device))))
+        labels = [f"through the VAE: {caption}" for caption in clips.captions]
+    elif stage == "latent":
+        plans = sample.reference_plans(run, clips.semantic_video)
+        video = sample.paint(run, clips.captions, seeds, plans)
+        labels = [f"painted from its plan: {caption}" for caption in clips.captions]
+    elif stage == "semantic":
+        video = sample.generate(run, clips.captions, seeds)
+        labels = [f"from text: {caption}" for caption in clips.captions]
+    else:
+        video = sample.paint(run, clips.captions, seeds, None)
+        labels = [f"base, from text: {caption}" for caption in clips.captions]
+    both = torch.stack([clips.video, video.cpu()], 1).flatten(0, 1)
+    buffer = BytesIO()
+    pairs = [label for pair in zip(real, labels, strict=True) for label in pair]
+    contact_sheet(both, pairs).save(buffer, "png")
+    write_file(run.path / "samples" / f"{stage}.png", buffer.getvalue())
+
+
+def vocabulary(dataset) -> list[str]:
+    """Return the words of a dataset's captions, sorted."""
+    captions = dataset.captions(range(min(4096, len(dataset))))
+    return sorted({word for caption in captions for word in caption.lower().split()})
+
+
+class Metrics:
+    """Averages of what each step logs, one JSON line every LOG_EVERY steps, and the loss curve."""
+
+    def __init__(self, path: Path, stage: str, step: int):
+        self.path, self.stage, self.pending = path, stage, []
+        lines = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
+        # Lines after the state that training goes on from will be written again.
+        kept = [x for x in lines if x["stage"] != stage or x["step"] <= step]
+        if kept != lines:
+            write_file(path, "".join(json.dumps(x) + "\n" for x in kept).encode())
+
+    def add(self, values: dict):
+        self.pending.append({name: float(value) for name, value in values.items()})
+
+    def write(self, step: int, factor: float, seconds: float) -> dict:
+        """Append the mean of what was added since the last line; empty bins are left out."""
+        line = {"stage": self.stage, "step": step, "lr": factor, "seconds": round(seconds, 2)}
+        for name in self.pending[0]:
+            values = [x[name] for x in self.pending if not math.isnan(x[name])]
+            if values:
+                line[name] = round(sum(values) / len(values), 6)
+        self.pending = []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+    def plot(self):
+        """Draw loss.png, a panel for each stage, if matplotlib is there."""
+        try:
+            import matplotlib
+        except ImportError:
+            print('no loss.png: pip install "semanticgen[plot]" for the curves')
+            return
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        stages = [s for s in STAGES if any(x["stage"] == s for x in lines)]
+        figure, panels = pyplot.subplots(
+            1, len(stages), figsize=(4 * len(stages), 3), squeeze=False, layout="constrained"
+        )
+        for panel, stage in zip(panels[0], stages, strict=True):
+            mine = [x for x in lines if x["stage"] == stage]
+            panel.plot([x["step"] for x in mine], [x["loss"] for x in mine])
+            panel.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        pyplot.close(figure)
+        write_file(self.path.with_name("loss.png"), buffer.getvalue())
+
+
+def train(run: Run, stages: Sequence[str], dataset, seed: int):
+    """Train the stages named, and before each what it needs and the run does not have yet."""
+    for stage in stages:
+        missing = [need for need in NEEDS[stage] if not run.has(need)]
+        if missing:
+            print(f"{stage} needs {' and '.join(missing)} first: training {' and '.join(missing)}")
+            train(run, missing, dataset, seed)
+        train_stage(run, stage, dataset, seed)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", required=True, choices=[*STAGES, "all"])
+    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--tiny", action="store_const", const="tiny", dest="preset")
+    parser.add_argument("--data", type=Path, help="folder of videos with captions; else the world")
+    parser.add_argument("--out", type=Path, help="run folder; runs/PRESET if not given")
+    parser.add_argument(
+        "--steps", type=int, help="steps of each stage named, instead of the preset's"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
+    parser.add_argument("--fresh", action="store_true", help="train the stages named anew")
+    args = parser.parse_args()
+    if args.preset not in PRESETS:
+        raise UserError(f"name a preset: --tiny or --preset {{{','.join(PRESETS)}}}")
+    stages = STAGES[:4] if args.stage == "all" else (args.stage,)
+    config = override(PRESETS[args.preset](), args.settings)
+    if args.steps is not None:
+        if args.steps < 1:
+            raise UserError(f"--steps {args.steps}: at least 1")
+        config = override(config, [f"stages.{stage}.steps={args.steps}" for stage in stages])
+    out = args.out or Path("runs") / args.preset
+    run = Run.create(out, config)
+    if args.fresh:
+        for stage in stages:
+            run.forget(stage)
+    dataset = Folder(args.data, config.data) if args.data else World(config.data, "train")
+    train(run, stages, dataset, args.seed)
+
+
+if __name__ == "__main__":
+    command(main)

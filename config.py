@@ -46,6 +46,15 @@ class StageConfig:
     text_dropout: float = 0.1  # share of samples without text, for guidance
     context_dropout: float = 0.1  # share of samples without a plan; drawn apart from the text's
 
+    def __post_init__(self):
+        choices = {"optimizer": ("muon", "adamw"), "time": ("logit_normal", "uniform")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}={getattr(self, name)}: choose {' or '.join(known)}")
+        for name in ("steps", "batch", "clips", "shift"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)}: must be above 0")
+
 
 @dataclass(frozen=True)
 class StageConfigs:
@@ -105,7 +114,6 @@ def check_fit(config: Config):
         if value != fits:
             raise UserError(f"{name} is {value}, but the other parts need {fits}")
     try:
-        vae, encoder = TinyVAE.grid, TinyEncoder.grid
         with torch.device("meta"):  # sizes only
             vae = TinyVAE(config.vae)
             encoder = TinyEncoder(config.encoder)

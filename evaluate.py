@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from config import UserError
 from reader import read, tracks
-from run import ASSETS, Run, command, write_file
+from run import ASSETS, Run, command, computing, write_file
 from sample import generate, paint, reference_plans
 from world import Thing, World, to_float, to_uint8
 
@@ -103,7 +103,7 @@ def score(run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]]) -> dict[s
     bend = (x[:, :, 1:-1] - (x[:, :, 2:] + x[:, :, :-2]) / 2).abs().flatten(1).mean(1)
     values["flicker"], values["smooth"] = (1 - flicker).tolist(), (1 - bend).tolist()
     values["subject"] = (subject_consistency(run, videos) / 100).tolist()
-    return {name: 100 * sum(v) / len(v) if v else float("nan") for name, v in values.items()}
+    return {name: 100 * sum(v) / len(v) for name, v in values.items() if v}
 
 
 def choose(world: World, prompts: int) -> list[int]:
@@ -132,7 +132,8 @@ class Evaluation:
     def by_chunks(self, make, label: str) -> dict[str, float]:
         """Score the videos that make(rows: slice) -> (b, 3, F, H, W) returns."""
         starts = tqdm(range(0, len(self.indices), CHUNK), label, unit="chunk", leave=False)
-        videos = torch.cat([make(slice(start, start + CHUNK)).cpu() for start in starts])
+        with computing(self.run.device, self.run.config.dtype):
+            videos = torch.cat([make(slice(start, start + CHUNK)).cpu() for start in starts])
         return score(self.run, videos, self.scenes)
 
     def reconstructions(self, rows: slice) -> Tensor:
@@ -158,7 +159,7 @@ class Evaluation:
         if plans == "zeroed":
             z_sem = torch.zeros_like(z_sem)
         if plans == "dropped":
-            options = {**options, "context_guidance": 0.0}
+            options = {**options, "context_guidance": None}
         captions = self.captions[rows] if text else [""] * len(low_rate)
         return paint(self.run, captions, self.seeds[rows], z_sem, **options)
 
@@ -168,7 +169,9 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     width = max(len(name) for name in rows)
     lines = [" " * width + "".join(f"{name:>9}" for name in SCORES)]
     for name, scores in rows.items():
-        lines.append(f"{name:<{width}}" + "".join(f"{scores[s]:9.1f}" for s in SCORES))
+        lines.append(
+            f"{name:<{width}}" + "".join(f"{scores.get(s, float('nan')):9.1f}" for s in SCORES)
+        )
     return "\n".join(lines)
 
 
@@ -188,7 +191,10 @@ def main():
     args = parser.parse_args()
     if args.prompts < 2:
         raise UserError(f"--prompts {args.prompts}: at least 2, one object and two")
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps {args.steps}: at least 1")
     run = Run.open(args.run)
+    _ = run.vae, run.encoder, run.painter, run.planner, args.base and run.base  # or say so now
     options = {"steps": args.steps} if args.steps else {}
     test = Evaluation(run, "test", args.prompts, args.seed)
     train = set(World(run.config.data, "train").captions(range(run.config.stages.latent.clips)))

@@ -171,7 +171,9 @@ class Run:
             raise UserError(
                 f"{path} is no run; train one: python train.py --stage all --tiny --out {path}"
             ) from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not readable as a run's configuration: {error!r}") from None
 
     # Parts by stage, as they are trained and saved together.
@@ -267,7 +269,7 @@ class Run:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch names many: a zip error, an unpickling error, ...
-            reason = str(error).splitlines()[0][:200]
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise UserError(
                 f"{file} is not a training state ({reason}): --fresh starts over"
             ) from None
@@ -277,6 +279,10 @@ def export(source: Path, target: Path):
     """Copy a run's configuration and finished weights, in half precision, to another folder."""
     run = Run.open(source)
     found = [stage for stage in STAGES if run.has(stage) and stage != "base"]
+    if not found:
+        raise UserError(f"{source} has no weights to export")
+    if Path(target).resolve() == Path(source).resolve():
+        raise UserError(f"{target} is the run itself: name another folder")
     for stage in found:
         with safetensors.safe_open(run.weights_file(stage), "pt") as file:
             note = file.metadata()

@@ -14,6 +14,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 
@@ -39,13 +40,14 @@ def guided(
     text: Tensor,
     guidance: float,
     context: Tensor | None = None,
-    context_guidance: float = 1.0,
+    context_guidance: float | None = 1.0,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return velocity(z, t) with guidance, first towards the plan, if any, then the text.
 
     text: (B, L, dim); context: (B, K, S, hs, ws). Conditions that weigh anything run as one batch.
+    context_guidance None: the plan is dropped throughout, also where the text is there.
     """
-    if context is None:
+    if context is None or context_guidance is None:
         keep, scales = [(False, False), (True, False)], (guidance,)  # (text, context)
     else:
         keep = [(False, False), (False, True), (True, True)]
@@ -111,8 +113,10 @@ def paint(
     config, data = run.config, run.config.data
     option = {**vars(config.sample), **options}
     grid = run.vae.grid(frames or data.frames, data.height, data.width)
-    # Other seeds than the plan's noise has: the two must not be correlated.
-    noise = draw_noise([s + 2**40 for s in seeds], (run.vae.channels, *grid), run.device)
+    # Other seeds than the plan's noise has: the two must not be correlated. Torch's CPU generator
+    # reads the lower 32 bits of a seed alone, so an offset would have to lie in these.
+    others = [piece_seed(f"paint {seed}") % 2**32 for seed in seeds]
+    noise = draw_noise(others, (run.vae.channels, *grid), run.device)
     text = run.text.encode(prompts).to(run.device)
     if plans is None:
         velocity = guided(run.base, text, option["base_guidance"])
@@ -141,7 +145,7 @@ def generate(
 
 def prompt_seed(seed: int, prompt: str) -> int:
     """Return the seed of one sample, a function of the user's seed and of the prompt alone."""
-    return piece_seed(f"{seed} {prompt}") % 2**40
+    return piece_seed(f"{seed} {prompt}") % 2**32
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ def write_video(path: Path, video: Tensor, fps: float):
                 f'{path}: .mp4 needs PyAV: pip install "semanticgen[video]"; or choose .webp'
             ) from None
         with av.open(buffer, "w", format="mp4") as file:
-            stream = file.add_stream("libx264", rate=round(fps * 1000) / 1000)
+            stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             height, width = frames.shape[1:3]
             stream.width, stream.height = width - width % 2, height - height % 2  # yuv420p
             stream.pix_fmt, stream.options = "yuv420p", {"crf": "12"}
@@ -211,7 +215,7 @@ def clip_frames(run: Run, seconds: float) -> int:
     """Return the frames of a video of about that length: whole latents and whole pairs."""
     data = run.config.data
     whole = math.lcm(run.config.vae.time_patch, max(1, round(2 * data.fps / data.semantic_fps)))
-    frames = round(seconds * data.fps / whole) * whole
+    frames = round(seconds * data.fps / whole) * whole if math.isfinite(seconds) else 0
     if frames < whole:
         raise UserError(f"--seconds {seconds}: the shortest clip here is {whole / data.fps} s")
     return frames

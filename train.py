@@ -232,14 +232,21 @@ def train_stage(run: Run, stage: str, dataset, seed: int):
     ema = {name: x.detach().clone() for name, x in modules.state_dict().items()}
     optimizers = build_optimizers(modules, config)
     state = run.load_state(stage)
-    step, seconds = 0, 0.0
+    step, seconds, pending = 0, 0.0, []
     if state:
-        step, seconds = state["step"], state["seconds"]
-        modules.load_state_dict(state["modules"])
-        ema = {name: x.to(run.device) for name, x in state["ema"].items()}
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    if step >= config.steps:
+        try:
+            step, seconds = state["step"], state["seconds"]
+            pending = state.get("pending", [])  # runs begun before it was kept
+            modules.load_state_dict(state["modules"])
+            ema = {name: x.to(run.device) for name, x in state["ema"].items()}
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(
+                f"{run.state_file(stage)} does not fit this run ({reason}): --fresh starts over"
+            ) from None
+    if step >= config.steps and run.has(stage):
         print(f"{stage}: already trained for {step} steps")
         return
     parameters = [p for p in modules.parameters() if p.requires_grad]
@@ -253,7 +260,7 @@ def train_stage(run: Run, stage: str, dataset, seed: int):
         loss_of = encoder_loss(run, modules, dataset, config.batch)
     else:
         loss_of = diffusion_loss(run, modules, dataset, stage)
-    metrics = Metrics(run.path / "metrics.jsonl", stage, step)
+    metrics = Metrics(run.path / "metrics.jsonl", stage, step, pending)
 
     def save_state():
         run.save_state(
@@ -261,6 +268,7 @@ def train_stage(run: Run, stage: str, dataset, seed: int):
             {
                 "step": step,
                 "seconds": seconds,
+                "pending": metrics.pending,
                 "modules": modules.state_dict(),
                 "ema": ema,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -372,8 +380,8 @@ def vocabulary(dataset) -> list[str]:
 class Metrics:
     """Averages of what each step logs, one JSON line every LOG_EVERY steps, and the loss curve."""
 
-    def __init__(self, path: Path, stage: str, step: int):
-        self.path, self.stage, self.pending = path, stage, []
+    def __init__(self, path: Path, stage: str, step: int, pending: Sequence[dict] = ()):
+        self.path, self.stage, self.pending = path, stage, list(pending)
         lines = (
             [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         )

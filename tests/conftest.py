@@ -1,8 +1,17 @@
-"""Property tests are the same on every machine and in every run: no random seed, no clock."""
+"""The same tests on every machine: no random seed, no clock, and the CPU even beside a GPU."""
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "semanticgen", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("semanticgen")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("run.default_device", lambda: torch.device("cpu"))
+        yield

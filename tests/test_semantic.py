@@ -310,6 +310,12 @@ def test_a_word_never_sees_the_words_after_it():
         assert (after[:, i] - before[:, i]).abs().max() > 0.01
 
 
+def test_the_next_word_depends_on_the_order_of_those_before_it():
+    captioner, found = seeded(Captioner, SMALL, VOCABULARY), randn(1, 32, 2, 1, 2)
+    one, other = (captioner(found, torch.tensor([ids]))[0, -1] for ids in ([0, 2, 3], [2, 0, 3]))
+    assert (one - other).abs().max() > 0.01
+
+
 def test_the_loss_reaches_the_features_of_its_own_clip_only():
     captioner, found = seeded(Captioner, SMALL, VOCABULARY), randn(4, 32, 2, 1, 2)
     found.requires_grad_()

@@ -1,0 +1,460 @@
+"""evaluate.py: scores against numbers worked out by hand, and real clips against a full mark.
+
+Agreement with a prompt is counted on written-out cases; motion, flicker and smoothness on videos
+drawn here, for which they are known in closed form. Whatever samples runs on random weights: there
+only what reaches the painter is compared, not what it paints.
+"""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from test_run import call, one_line, random_run
+from torch import Tensor
+
+import evaluate
+from evaluate import (
+    SCORES,
+    Evaluation,
+    agreement,
+    choose,
+    motion_amount,
+    score,
+    subject_consistency,
+    table,
+)
+from run import Run
+from sample import reference_plans
+from world import DataConfig, Thing, World
+
+RED = Thing("red", "circle", "moves left")
+BLUE = Thing("blue", "square", "grows")
+MODELS = ["text -> plan -> video", "never-shown combinations"]
+PLANS = ["oracle", "shuffled", "zeroed", "dropped"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    return random_run(tmp_path_factory.mktemp("evaluate") / "run")
+
+
+@pytest.fixture
+def evaluation(run) -> Evaluation:
+    return Evaluation(run, "test", 4, seed=0)
+
+
+# --- what a video shows -------------------------------------------------------------------------
+
+ALL = {"exact": 1, "number": 1, "colour": 1, "shape": 1, "motion": 1}
+CASES = {  # found, wanted, the mean of each score that is not 1
+    "one, right": ((RED,), (RED,), {}),
+    "two, right": ((RED, BLUE), (RED, BLUE), {}),
+    "wrong order": (
+        (BLUE, RED),
+        (RED, BLUE),
+        {"exact": 0, "colour": 0, "shape": 0, "motion": 0},
+    ),
+    "one missing": (
+        (RED,),
+        (RED, BLUE),
+        {"exact": 0, "number": 0, "colour": 0.5, "shape": 0.5, "motion": 0.5},
+    ),
+    "the first missing": (
+        (BLUE,),
+        (RED, BLUE),
+        {"exact": 0, "number": 0, "colour": 0, "shape": 0, "motion": 0},
+    ),
+    "nothing there": (
+        (),
+        (RED,),
+        {"exact": 0, "number": 0, "colour": 0, "shape": 0, "motion": 0},
+    ),
+    "one too many": ((RED, BLUE), (RED,), {"exact": 0, "number": 0}),
+    "another colour": ((RED._replace(colour="cyan"),), (RED,), {"exact": 0, "colour": 0}),
+    "another shape": ((RED._replace(shape="cross"),), (RED,), {"exact": 0, "shape": 0}),
+    "another motion of one": (
+        (RED, BLUE._replace(motion="shrinks")),
+        (RED, BLUE),
+        {"exact": 0, "motion": 0.5},
+    ),
+    "unclear": (
+        (Thing("red", "unclear", "unclear"),),
+        (RED,),
+        {"exact": 0, "shape": 0, "motion": 0},
+    ),
+}
+
+
+@pytest.mark.parametrize("found, wanted, wrong", CASES.values(), ids=CASES)
+def test_agreement_by_hand(found, wanted, wrong):
+    scores = agreement(found, wanted)
+    assert scores.pop("one" if len(wanted) == 1 else "two") == scores["exact"]
+    assert {name: sum(x) / len(x) for name, x in scores.items()} == ALL | wrong
+    assert all(len(scores[name]) == len(wanted) for name in ("colour", "shape", "motion"))
+
+
+def test_real_clips_have_full_marks(run):
+    """At the size the reader is made for; one and two objects, every motion."""
+    world = World(DataConfig(), "test")
+    indices = range(48)
+    scenes = [world.scene(i) for i in indices]
+    assert {len(scene) for scene in scenes} == {1, 2}
+    scores = score(run, world.batch(indices).video, scenes)
+    for name in ("exact", "one", "two", "number", "colour", "shape", "motion"):
+        assert scores[name] == 100, name
+    assert list(scores) == list(SCORES)
+    assert 95 < scores["flicker"] < 100 and 98 < scores["smooth"] < 100
+    shifted = score(run, world.batch(indices).video, scenes[1:] + scenes[:1])
+    assert shifted["exact"] < 10 and shifted["colour"] < 50
+
+
+def test_scores_are_means_over_prompts_and_over_objects(run):
+    """Three prompts, one video wrong: its two objects weigh in objects' scores, it in its own."""
+    world = World(DataConfig(), "test")
+    one, two = (next(i for i in itertools.count() if len(world.scene(i)) == n) for n in (1, 2))
+    videos = world.batch([one, two, two]).video
+    videos[2] = 100  # grey: nothing there
+    scores = score(run, videos, [world.scene(i) for i in (one, two, two)])
+    assert scores["exact"] == scores["number"] == pytest.approx(200 / 3)
+    assert (scores["one"], scores["two"]) == (100, 50)
+    assert scores["colour"] == scores["shape"] == scores["motion"] == pytest.approx(60)  # 3 of 5
+
+
+# --- motion, flicker, smoothness ----------------------------------------------------------------
+
+
+def sliding(step: float, height: int = 32, width: int = 32, frames: int = 9) -> Tensor:
+    """A red square of 8 pixels on grey that goes right by `step` pixels a frame, (3, F, H, W)."""
+    video = torch.full((3, frames, height, width), 110, dtype=torch.uint8)
+    for frame in range(frames):
+        left = 4 + round(frame * step)
+        red = torch.tensor([220, 40, 40], dtype=torch.uint8)[:, None, None]
+        video[:, frame, 10:18, left : left + 8] = red
+    return video
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_motion_is_the_way_of_the_centre(step):
+    assert motion_amount(sliding(step)) == pytest.approx(100 * 8 * step / 32, abs=0.5)
+
+
+@pytest.mark.parametrize("height, width", [(32, 64), (40, 32), (64, 64)])
+def test_motion_is_in_percent_of_the_shorter_side(height, width):
+    video = sliding(2, height, width)
+    assert motion_amount(video) == pytest.approx(100 * 16 / min(height, width), abs=0.5)
+    turned = motion_amount(video.transpose(2, 3))
+    assert turned == pytest.approx(motion_amount(video), abs=0.5)
+
+
+def test_motion_is_the_mean_over_objects():
+    video = sliding(2)
+    video[:, :, 22:30, 12:20] = torch.tensor([50, 80, 230], dtype=torch.uint8)[:, None, None, None]
+    assert motion_amount(video) == pytest.approx(100 * 16 / 32 / 2, abs=0.5)
+
+
+def test_growing_is_motion():
+    """A square of side 4 to 12: the radius of the disc of its area grows by 8 / sqrt(pi)."""
+    video = torch.full((3, 5, 32, 32), 110, dtype=torch.uint8)
+    for frame, half in enumerate([2, 3, 4, 5, 6]):
+        box = slice(16 - half, 16 + half)
+        video[:, frame, box, box] = torch.tensor([220, 40, 40], dtype=torch.uint8)[:, None, None]
+    expected = 100 * 8 / math.sqrt(math.pi) / 32
+    assert motion_amount(video) == pytest.approx(expected, rel=0.1)
+    assert motion_amount(video.flip(1)) == pytest.approx(expected, rel=0.1)
+
+
+def test_frozen_and_empty_videos_have_no_motion():
+    world = World(DataConfig(), "train")
+    for video in world.batch(range(8)).video:
+        assert motion_amount(video[:, :1].expand(-1, 16, -1, -1)) == 0
+    assert motion_amount(torch.full((3, 8, 32, 32), 90, dtype=torch.uint8)) == 0
+
+
+def test_motion_of_the_worlds_clips():
+    """Objects alone travel 9 to 11 of 32 units (world.py), or grow from 6 .. 7.5 / 1.7 units."""
+    world = World(DataConfig(), "train")
+    indices = [i for i in range(120) if len(world.scene(i)) == 1]
+    for i, video in zip(indices, world.batch(indices).video, strict=True):
+        ((_, shape, motion),) = world.scene(i)
+        moved = motion_amount(video)
+        if motion == "stays still":
+            assert moved < 1.5, (i, shape, moved)
+        elif motion in ("grows", "shrinks"):
+            assert 4 < moved < 14, (i, shape, moved)
+        else:
+            assert 26 < moved < 37, (i, shape, moved)
+
+
+def repeated(levels: list[int]) -> Tensor:
+    """A flat grey video, (1, 3, F, 16, 16), of these levels."""
+    frames = torch.tensor(levels, dtype=torch.uint8)
+    return frames[None, None, :, None, None].expand(1, 3, -1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "levels, flicker, bend",
+    [
+        ([90] * 8, 0, 0),
+        (list(range(20, 100, 10)), 10, 0),  # a ramp: each frame is the mean of its neighbours
+        (list(range(100, 20, -10)), 10, 0),
+        ([50, 80] * 4, 30, 30),
+        ([0, 255, 0, 255], 255, 255),
+        ([10 * k * k for k in range(5)], 40, 10),  # second difference 20, half of it
+        ([50, 50, 50, 50, 90, 90, 90, 90], 40 / 7, 2 * 20 / 6),  # one jump
+    ],
+)
+def test_flicker_and_smoothness_in_closed_form(run, levels, flicker, bend):
+    scores = score(run, repeated(levels), [(RED,)])
+    assert scores["flicker"] == pytest.approx(100 - 100 * flicker / 255, abs=1e-3)
+    assert scores["smooth"] == pytest.approx(100 - 100 * bend / 255, abs=1e-3)
+
+
+# --- subject consistency ------------------------------------------------------------------------
+
+
+def test_frozen_videos_are_consistent(run):
+    video = World(run.config.data, "test").batch(range(4)).video[:, :, :1].expand(-1, -1, 8, -1, -1)
+    assert subject_consistency(run, video).tolist() == pytest.approx([100] * 4, abs=1e-3)
+
+
+def test_changing_videos_are_less_consistent(run):
+    clips = World(run.config.data, "test").batch(range(8)).video
+    changing = clips[:, :, 0].transpose(0, 1)[None]  # (1, 3, 8, H, W): another clip in each frame
+    frozen = clips[:1, :, :1].expand(-1, -1, 8, -1, -1)
+    assert subject_consistency(run, changing) < 99.99 < subject_consistency(run, frozen)
+
+
+def test_consistency_by_hand(run):
+    video = World(run.config.data, "test").batch([3]).video
+    frames = video[0].transpose(0, 1).float() / 127.5 - 1  # (F, 3, H, W)
+    features = [run.encoder.encode(x[None, :, None].expand(-1, -1, 2, -1, -1)) for x in frames]
+    features = [x.double().mean((2, 3, 4)).flatten() for x in features]
+
+    def cosine(a, b):
+        return float(a @ b / a.norm() / b.norm())
+
+    terms = [
+        (cosine(features[k], features[0]) + cosine(features[k], features[k - 1])) / 2
+        for k in range(1, len(features))
+    ]
+    expected = 100 * sum(terms) / len(terms)
+    assert subject_consistency(run, video).item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_consistency_does_not_depend_on_the_batch(run):
+    """40 videos of 8 frames are more than the encoder is shown at a time."""
+    video = World(run.config.data, "test").batch(range(40)).video
+    together = subject_consistency(run, video)
+    alone = torch.cat([subject_consistency(run, x[None]) for x in video])
+    assert together.shape == (40,)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-3)
+
+
+def test_videos_of_another_size_are_resized(run):
+    video = World(run.config.data, "test").batch([3]).video
+    large = video.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    expected = subject_consistency(run, video)
+    assert abs(subject_consistency(run, large) - expected) < 1
+
+
+# --- prompts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompts", [2, 5, 40])
+@pytest.mark.parametrize("split", ["test", "held_out"])
+def test_half_of_the_prompts_have_one_object(prompts, split):
+    world = World(DataConfig(), split)
+    indices = choose(world, prompts)
+    counts = [len(world.scene(i)) for i in indices]
+    assert counts.count(1) == (prompts + 1) // 2 and counts.count(2) == prompts // 2
+    assert indices == sorted(set(indices)) == choose(World(DataConfig(), split), prompts)
+    assert choose(world, 1) == [next(i for i in itertools.count() if len(world.scene(i)) == 1)]
+
+
+def test_a_world_of_single_objects():
+    world = World(DataConfig(objects=1), "test")
+    assert choose(world, 6) == list(range(6))
+
+
+def test_an_evaluation_is_of_its_split(run):
+    for split in ("test", "held_out"):
+        evaluation = Evaluation(run, split, 4, seed=0)
+        world = World(run.config.data, split)
+        assert evaluation.captions == world.captions(evaluation.indices)
+        assert evaluation.scenes == [world.scene(i) for i in evaluation.indices]
+        assert torch.equal(evaluation.real, world.batch(evaluation.indices).video)
+    assert not set(Evaluation(run, "test", 4, 0).seeds) & set(Evaluation(run, "test", 4, 1).seeds)
+
+
+def test_chunks_do_not_matter(evaluation, monkeypatch):
+    whole = evaluation.by_chunks(lambda rows: evaluation.real[rows], "real")
+    monkeypatch.setattr(evaluate, "CHUNK", 3)
+    slices = []
+    chunked = evaluation.by_chunks(
+        lambda rows: (slices.append(rows), evaluation.real[rows])[1], "real"
+    )
+    assert len(slices) == 2
+    assert chunked == pytest.approx(whole, nan_ok=True)
+
+
+# --- plans --------------------------------------------------------------------------------------
+
+
+class Painted:
+    """Stands for `paint`: keeps what it is given and returns grey videos."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(evaluate, "paint", self)
+
+    def __call__(self, run, prompts, seeds, plans, frames=None, **options):
+        self.prompts, self.seeds, self.plans, self.options = prompts, seeds, plans, options
+        return torch.zeros(len(prompts), 3, 8, 16, 16, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_the_right_plans_reach_the_painter(evaluation, run, monkeypatch, text):
+    oracle = reference_plans(run, evaluation.low_rate)
+    expected = {"oracle": oracle, "shuffled": oracle[[1, 2, 3, 0]], "zeroed": 0 * oracle}
+    painted = Painted(monkeypatch)
+    for plans, z_sem in expected.items():
+        for rows in (slice(0, 4), slice(0, 2), slice(2, 4)):
+            evaluation.from_plans(rows, plans, text, steps=3)
+            torch.testing.assert_close(painted.plans, z_sem[rows])
+            assert painted.prompts == (
+                evaluation.captions[rows] if text else [""] * len(z_sem[rows])
+            )
+            assert painted.seeds == evaluation.seeds[rows]
+            assert painted.options == {"steps": 3}
+    assert not torch.equal(oracle[0], oracle[1])
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_dropped_plan_is_never_shown_to_the_painter(evaluation, run, monkeypatch, text):
+    """The painter sees its null context in every sample that weighs anything."""
+    kept = []
+    forward = run.painter["dit"].forward
+
+    def record(z, t, text, context=None, keep_context=None):
+        kept.append(keep_context)
+        return forward(z, t, text, context, keep_context)
+
+    monkeypatch.setattr(run.painter["dit"], "forward", record)
+    evaluation.from_plans(slice(0, 2), "dropped", text)
+    assert kept and not any(keep.any() for keep in kept)
+
+
+def test_text_to_video_and_base_take_their_own_way(evaluation, run, monkeypatch):
+    painted = Painted(monkeypatch)
+    evaluation.from_base(slice(1, 3), base_guidance=1.5)
+    assert painted.plans is None and painted.options == {"base_guidance": 1.5}
+    assert painted.prompts == evaluation.captions[1:3] and painted.seeds == evaluation.seeds[1:3]
+    video = evaluation.from_text(slice(0, 2), steps=1)
+    assert torch.equal(
+        video, evaluate.generate(run, evaluation.captions[:2], evaluation.seeds[:2], steps=1)
+    )
+
+
+def test_reconstructions_go_through_the_vae(evaluation, run):
+    expected = run.vae.decode(run.vae.encode(evaluation.real[:2].float() / 127.5 - 1))
+    found = evaluation.reconstructions(slice(0, 2))
+    assert found.dtype == torch.uint8
+    assert (found.float() / 127.5 - 1 - expected).abs().max() < 0.51 / 127.5
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def rows_of(out: str) -> dict[str, list[float]]:
+    """Return the printed table as name -> numbers."""
+    header, *lines = out[out.index(" exact ") :].split("\n\n")[0].splitlines()
+    assert header.split() == list(SCORES)
+    rows = [line.rsplit(maxsplit=len(SCORES)) for line in lines]
+    return {name: [float(x) for x in numbers] for name, *numbers in rows}
+
+
+def strict(text: str):
+    """Parse JSON as the standard has it: without NaN."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_all_rows_on_the_command_line(run, tmp_path, capsys):
+    file = tmp_path / "deep" / "scores.json"
+    arguments = ["--prompts", 4, "--steps", 1, "--plans", "--base", "--json", file]
+    assert call(evaluate.main, "--run", run.path, *arguments) == 0
+    out = capsys.readouterr().out
+    names = ["real clips", "VAE reconstructions", MODELS[0]]
+    names += [f"{p} plan, {t} text" for p in PLANS for t in ("with", "no")]
+    names += ["base: text -> video", MODELS[1], "base, never-shown"]
+    content = strict(file.read_text())
+    assert list(content["scores"]) == names
+    assert content["prompts"] == 4 and content["seed"] == 0
+    printed = rows_of(out)
+    assert list(printed) == names
+    for name, scores in content["scores"].items():
+        assert list(scores) == list(SCORES)
+        assert all(0 <= x <= 100 + 1e-3 for k, x in scores.items() if k != "moved"), name
+        assert printed[name] == pytest.approx(list(scores.values()), abs=0.051)
+    assert "4 prompts" in out and all(how in out for how in SCORES.values())
+
+
+def test_the_same_seed_gives_the_same_scores(run, tmp_path):
+    found = []
+    for seed in (0, 0, 1):
+        file = tmp_path / f"{len(found)}.json"
+        arguments = [
+            "--run",
+            run.path,
+            "--prompts",
+            2,
+            "--steps",
+            1,
+            "--seed",
+            seed,
+            "--json",
+            file,
+        ]
+        assert call(evaluate.main, *arguments) == 0
+        found.append(strict(file.read_text())["scores"])
+    assert found[0] == found[1] != found[2]
+    assert found[0]["real clips"] == found[2]["real clips"]
+
+
+def test_guidance_scales_side_by_side(run, capsys):
+    arguments = ["--run", run.path, "--prompts", 2, "--steps", 1, "--sweep", "--base"]
+    assert call(evaluate.main, *arguments) == 0
+    printed = rows_of(capsys.readouterr().out)
+    for g in (1.0, 1.5, 2.0, 3.0, 4.0):
+        assert f"guidance {g}" in printed and f"base, guidance {g}" in printed
+    default = run.config.sample.guidance
+    assert printed[f"guidance {default}"] == printed[MODELS[0]]
+
+
+def test_a_world_of_single_objects_on_the_command_line(tmp_path, capsys):
+    run = random_run(tmp_path / "run", "data.objects=1")
+    file = tmp_path / "scores.json"
+    arguments = ["--run", run.path, "--prompts", 2, "--steps", 1, "--json", file]
+    assert call(evaluate.main, *arguments) == 0
+    scores = strict(file.read_text())["scores"]["real clips"]
+    assert scores["one"] == scores["exact"] and scores.get("two") is None
+
+
+def test_the_table_is_aligned():
+    row = dict.fromkeys(SCORES, 99.95)
+    lines = table({"a": row, "a longer name": dict.fromkeys(SCORES, float("nan"))}).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines) == 3
+    for name in SCORES:
+        assert name in lines[0]
+
+
+def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
+    assert call(evaluate.main, "--run", run.path, "--prompts", 1) == 2
+    one_line(capsys, "--prompts 1", "at least 2")
+    assert call(evaluate.main, "--run", run.path, "--prompts", 2, "--steps", 0) == 2
+    one_line(capsys, "--steps 0", "at least 1")
+    assert call(evaluate.main, "--run", tmp_path / "nowhere") == 2
+    one_line(capsys, "is no run", "train.py")
+    half = random_run(tmp_path / "half", stages=["vae", "encoder", "latent", "semantic"])
+    assert call(evaluate.main, "--run", half.path, "--prompts", 2, "--steps", 1, "--base") == 2
+    one_line(capsys, "base.safetensors", "--stage base")  # before anything is sampled

@@ -1,0 +1,499 @@
+"""sample.py: guidance against its formula, seeds bit for bit, and files against what was written.
+
+A stand-in network whose velocity is a known function of its conditions shows which of them guidance
+asks for and how it weighs the answers. The rest runs on a micro run with random weights: what it
+draws is noise, but every prompt, seed and plan changes it.
+"""
+
+import itertools
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_run import call, one_line, random_run
+from torch import Tensor
+
+import sample
+from config import UserError, override, tiny
+from data import reference_clip
+from run import Run
+from sample import (
+    clip_frames,
+    draw_noise,
+    enlarge,
+    generate,
+    guided,
+    paint,
+    prompt_seed,
+    reference_plans,
+    sample_plans,
+    write_video,
+)
+from world import World
+
+PROMPT, OTHER = "a red circle moves left", "a blue square grows and a cyan cross stays still"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    return random_run(tmp_path_factory.mktemp("sample") / "run")
+
+
+def read_video(path) -> Tensor:
+    """Return the frames of an animation as Pillow reads them, (3, F, H, W) uint8."""
+    with Image.open(path) as image:
+        frames = []
+        for i in range(image.n_frames):
+            image.seek(i)
+            frames.append(np.array(image.convert("RGB")))
+    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
+
+
+def durations(path) -> list[float]:
+    """Return the milliseconds of each frame of an animation."""
+    with Image.open(path) as image:
+        found = []
+        for i in range(image.n_frames):
+            image.seek(i)
+            image.load()
+            found.append(image.info["duration"])
+    return found
+
+
+# --- guidance -----------------------------------------------------------------------------------
+
+
+class Known:
+    """Stands for a DiT: velocity z + t + 10 text + 100 plan of each sample, plan 0 if dropped."""
+
+    def __init__(self):
+        self.asked = []  # for every call: (B,) whether text was there, (B,) whether the plan was
+
+    def __call__(self, z, t, text, context=None, keep_context=None) -> Tensor:
+        words = text.mean((1, 2))
+        plan = torch.zeros(len(z), dtype=z.dtype)
+        if context is not None:
+            kept = torch.ones(len(z), dtype=torch.bool) if keep_context is None else keep_context
+            plan = context.mean((1, 2, 3, 4)) * kept
+        self.asked.append((words != 0, plan != 0))
+        offset = t + 10 * words + 100 * plan
+        return z + offset.reshape(-1, 1, 1, 1, 1)
+
+
+def conditions(samples: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(samples, *shape, generator=generator)
+
+    return {"z": normal(2, 2, 4, 4), "t": normal().sigmoid(), "text": normal(3, 5)} | {
+        "context": normal(4, 1, 2, 2)
+    }
+
+
+def velocities(given: dict[str, Tensor]) -> list[Tensor]:
+    """Return the stand-in's velocity under no condition, the plan, and plan and text."""
+    none, text, plan = torch.zeros(3, 3, 5), given["text"], given["context"]
+    return [
+        Known()(given["z"], given["t"], x, c) for x, c in ((none, None), (none, plan), (text, plan))
+    ]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 2.0, 7.5])
+def test_guidance_by_text_alone(guidance):
+    given, dit = conditions(), Known()
+    found = guided(dit, given["text"], guidance)(given["z"], given["t"])
+    without = Known()(given["z"], given["t"], torch.zeros(3, 3, 5))
+    with_text = Known()(given["z"], given["t"], given["text"])
+    torch.testing.assert_close(found, without + guidance * (with_text - without))
+    ((text, plan),) = dit.asked
+    expected = {0.0: [False] * 3, 1.0: [True] * 3}.get(guidance, [False] * 3 + [True] * 3)
+    assert text.tolist() == expected and not plan.any()
+
+
+@pytest.mark.parametrize("by_text", [0.0, 1.0, 1.7, 4.0])
+@pytest.mark.parametrize("by_plan", [0.0, 1.0, 0.6, 3.0])
+def test_guidance_by_plan_then_text(by_text, by_plan):
+    given, dit = conditions(), Known()
+    velocity = guided(dit, given["text"], by_text, given["context"], by_plan)
+    found = velocity(given["z"], given["t"])
+    none, plan, both = velocities(given)
+    expected = none + by_plan * (plan - none) + by_text * (both - plan)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "by_text, by_plan, asked",
+    [
+        (1.0, 1.0, [(True, True)]),
+        (0.0, 0.0, [(False, False)]),
+        (0.0, 1.0, [(False, True)]),
+        (1.0, 2.0, [(False, False), (False, True), (True, True)]),
+        (2.0, 2.0, [(False, False), (True, True)]),
+        (2.0, 1.0, [(False, True), (True, True)]),
+        (2.0, 3.0, [(False, False), (False, True), (True, True)]),
+    ],
+)
+def test_only_what_weighs_anything_is_computed(by_text, by_plan, asked):
+    """In one batch: scale 1 asks the conditional model alone, scale 0 the unconditional alone."""
+    given, dit = conditions(), Known()
+    velocity = guided(dit, given["text"], by_text, given["context"], by_plan)
+    for calls in (1, 2):
+        velocity(given["z"], given["t"])
+        assert len(dit.asked) == calls
+    text, plan = dit.asked[0]
+    assert list(zip(text.tolist(), plan.tolist(), strict=True)) == [
+        a for a in asked for _ in range(3)
+    ]
+
+
+def test_guidance_keeps_samples_apart():
+    given = conditions()
+    velocity = guided(Known(), given["text"], 2.5, given["context"], 1.5)
+    together = velocity(given["z"], given["t"])
+    for i in range(3):
+        one = {name: x[i : i + 1] for name, x in given.items()}
+        alone = guided(Known(), one["text"], 2.5, one["context"], 1.5)(one["z"], one["t"])
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+# --- noise and seeds ----------------------------------------------------------------------------
+
+
+def test_noise_is_each_samples_own():
+    cpu = torch.device("cpu")
+    noise = draw_noise([5, 6, 5], (4, 2, 8, 8), cpu)
+    assert noise.shape == (3, 4, 2, 8, 8)
+    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    assert torch.equal(draw_noise([6], (4, 2, 8, 8), cpu)[0], noise[1])
+    many = draw_noise(range(100), (4, 2, 8, 8), cpu)
+    assert abs(many.mean()) < 0.01 and abs(many.std() - 1) < 0.01
+
+
+def test_noise_leaves_the_global_random_numbers_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    draw_noise([1, 2], (3,), torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_seeds_of_prompts_are_the_same_on_every_machine():
+    seeds = {prompt_seed(seed, prompt) for seed in (0, 1, 10) for prompt in (PROMPT, OTHER, "")}
+    assert len(seeds) == 9 and all(0 <= seed < 2**40 for seed in seeds)
+    assert prompt_seed(0, PROMPT) == 383506844743  # written down once
+    assert prompt_seed(1, "0 x") != prompt_seed(10, " x")
+
+
+def test_plan_and_painting_start_from_different_noise(run, monkeypatch):
+    """Not from the same numbers, or the plan would show in the noise.
+
+    Torch's generator on the CPU looks at the lower 32 bits of a seed alone.
+    """
+    drawn = []
+
+    def record(seeds, shape, device):
+        drawn.append((list(seeds), tuple(shape)))
+        return draw_noise(seeds, shape, device)
+
+    monkeypatch.setattr(sample, "draw_noise", record)
+    generate(run, [PROMPT, OTHER], [3, 4])
+    (plan_seeds, plan_shape), (paint_seeds, paint_shape) = drawn
+    assert plan_shape == (4, 1, 2, 2) and paint_shape == (8, 2, 4, 4)
+    for each in range(2):
+        plan, latents = (draw_noise([s[each]], (64,), "cpu")[0] for s in (plan_seeds, paint_seeds))
+        assert abs(torch.corrcoef(torch.stack([plan, latents]))[0, 1]) < 0.4
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def test_shapes_of_both_stages(run):
+    plans = sample_plans(run, [PROMPT, OTHER], [0, 1])
+    assert plans.shape == (2, 4, 1, 2, 2) and plans.dtype == torch.float32
+    video = paint(run, [PROMPT, OTHER], [0, 1], plans)
+    assert video.shape == (2, 3, 8, 16, 16) and video.dtype == torch.uint8
+    assert torch.equal(video, generate(run, [PROMPT, OTHER], [0, 1]))
+
+
+def test_same_seed_and_prompt_give_the_same_video(run):
+    first = generate(run, [PROMPT], [7])
+    torch.manual_seed(99)
+    assert torch.equal(generate(run, [PROMPT], [7]), first)
+    assert not torch.equal(generate(run, [PROMPT], [8]), first)
+    assert not torch.equal(generate(run, [OTHER], [7]), first)
+
+
+def test_the_painter_heeds_text_plan_and_seed(run):
+    plans = sample_plans(run, [PROMPT, OTHER], [0, 1])
+    same = paint(run, [PROMPT], [0], plans[:1])
+    for prompt, seed, plan in [(OTHER, 0, 0), (PROMPT, 1, 0), (PROMPT, 0, 1)]:
+        assert not torch.equal(paint(run, [prompt], [seed], plans[plan : plan + 1]), same)
+    assert not torch.equal(paint(run, [PROMPT], [0], None), same)  # the base
+
+
+def test_plans_are_rescaled_to_what_the_painter_saw(run):
+    compressor = run.painter["compressor"]
+    before = sample_plans(run, [PROMPT], [0])
+    mean, std = compressor.mean.clone(), compressor.std.clone()
+    compressor.mean += 3
+    compressor.std *= 2
+    after = sample_plans(run, [PROMPT], [0])
+    compressor.mean.copy_(mean)
+    compressor.std.copy_(std)
+    torch.testing.assert_close(after, before * 2 + 3)
+
+
+def test_plans_of_references_are_those_of_encoder_and_compressor(run):
+    clips = World(run.config.data, "train").semantic_video(range(3))
+    features = run.encoder.encode(clips.float() / 127.5 - 1)
+    expected = run.painter["compressor"].posterior(features)[0]
+    torch.testing.assert_close(reference_plans(run, clips), expected)
+
+
+@pytest.mark.parametrize("option", ["steps", "guidance", "latent_guidance", "context_guidance"])
+def test_options_replace_the_runs_own(run, option):
+    default = getattr(run.config.sample, option)
+    first = generate(run, [PROMPT], [0])
+    assert torch.equal(generate(run, [PROMPT], [0], **{option: default}), first)
+    assert not torch.equal(generate(run, [PROMPT], [0], **{option: default + 3}), first)
+
+
+def test_steps_are_network_calls(run, monkeypatch):
+    calls = []
+    for stage, dit in (("plan", run.planner), ("paint", run.painter["dit"])):
+        forward = dit.forward
+        count = lambda *a, f=forward, s=stage, **k: (calls.append(s), f(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(dit, "forward", count)
+    generate(run, [PROMPT], [0], steps=3)
+    assert calls == ["plan"] * 3 + ["paint"] * 3
+
+
+# --- length -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, seconds, frames",
+    [
+        ([], 2, 16),  # tiny: pairs of 2 fps are 8 frames apart, latents 4
+        ([], 4.0, 32),
+        ([], 1.2, 8),
+        ([], 3.6, 32),
+        (
+            ["data.semantic_fps=4", "latent.context_rate=2", "semantic.rate=2", "encoder.rate=2"],
+            1.5,
+            12,
+        ),
+    ],
+)
+def test_length_is_a_whole_number_of_latents_and_pairs(tmp_path, settings, seconds, frames):
+    assert clip_frames(Run(tmp_path, override(tiny(), settings)), seconds) == frames
+
+
+@pytest.mark.parametrize("seconds", [0, 0.3, -2.0, math.nan, math.inf])
+def test_impossible_lengths(tmp_path, seconds):
+    with pytest.raises(UserError, match="--seconds"):
+        clip_frames(Run(tmp_path, tiny()), seconds)
+
+
+def test_longer_than_trained(run):
+    assert generate(run, [PROMPT], [0], frames=24).shape == (1, 3, 24, 16, 16)
+    assert paint(run, [PROMPT], [0], None, 16).shape == (1, 3, 16, 16, 16)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def random_video(frames: int = 5, height: int = 16, width: int = 24) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, frames, height, width)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "height, width, factor", [(16, 24, 16), (32, 32, 8), (100, 60, 2), (256, 256, 1), (300, 400, 1)]
+)
+def test_small_videos_are_enlarged_a_whole_number_of_times(height, width, factor):
+    video = random_video(2, height, width)
+    large = enlarge(video)
+    assert large.shape == (3, 2, height * factor, width * factor)
+    for y, x in itertools.product({0, factor - 1}, repeat=2):
+        assert torch.equal(large[..., y::factor, x::factor], video)
+
+
+def test_webp_keeps_every_pixel(tmp_path):
+    video = random_video()
+    write_video(tmp_path / "video.webp", video, 8.0)
+    assert torch.equal(read_video(tmp_path / "video.webp"), enlarge(video))
+    assert durations(tmp_path / "video.webp") == [125] * 5
+
+
+@pytest.mark.parametrize("fps, milliseconds", [(8.0, 120), (10.0, 100), (24.0, 40), (4.0, 250)])
+def test_gif_keeps_frames_and_their_time(tmp_path, fps, milliseconds):
+    video = random_video()
+    write_video(tmp_path / "video.gif", video, fps)
+    found = read_video(tmp_path / "video.gif")
+    assert found.shape == enlarge(video).shape
+    assert durations(tmp_path / "video.gif") == [milliseconds] * 5
+
+
+def test_gif_keeps_flat_colours(tmp_path):
+    video = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    for frame, colour in enumerate([(220, 40, 40), (40, 180, 60), (50, 80, 230)]):
+        video[:, frame] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
+    write_video(tmp_path / "video.gif", video, 8.0)
+    assert torch.equal(read_video(tmp_path / "video.gif"), enlarge(video))
+
+
+@pytest.mark.parametrize("suffix", ["webp", "gif"])
+def test_a_video_that_stands_still_lasts_as_long(tmp_path, suffix):
+    """Writers may join frames that are alike, but not shorten the clip."""
+    video = random_video(3)[:, [0, 0, 0, 1, 1, 2]]
+    write_video(tmp_path / f"video.{suffix}", video, 10.0)
+    assert sum(durations(tmp_path / f"video.{suffix}")) == 600
+
+
+@pytest.mark.parametrize("fps, size", [(8.0, (16, 24)), (23.976, (257, 301)), (24.0, (256, 256))])
+def test_mp4_is_within_a_few_grey_levels(tmp_path, fps, size):
+    av = pytest.importorskip("av")
+    height, width = size
+    y, x = torch.arange(height)[:, None] / height, torch.arange(width) / width
+    frames = [200 * (x + y) / 2 + 5 * i for i in range(6)]
+    video = torch.stack(frames).expand(3, -1, -1, -1).to(torch.uint8).clone()
+    write_video(tmp_path / "video.mp4", video, fps)
+    with av.open(str(tmp_path / "video.mp4")) as file:
+        stream = file.streams.video[0]
+        assert float(stream.average_rate) == pytest.approx(fps, rel=1e-4)
+        found = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(stream)])
+    expected = enlarge(video).permute(1, 2, 3, 0).numpy()
+    expected = expected[:, : expected.shape[1] // 2 * 2, : expected.shape[2] // 2 * 2]
+    assert found.shape == expected.shape
+    difference = np.abs(found.astype(int) - expected)
+    assert difference.max() < 16 and difference.mean() < 3, (difference.max(), difference.mean())
+
+
+def test_mp4_without_pyav_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"pip install .* or choose \.webp"):
+        write_video(tmp_path / "video.mp4", random_video(), 8.0)
+    assert not list(tmp_path.iterdir())
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_videos_are_the_same_in_any_company(run, tmp_path, capsys):
+    """Bit for bit, alone or between others: a sample is a function of seed and prompt alone."""
+    alone, between = tmp_path / "alone.webp", tmp_path / "between.webp"
+    assert call(sample.main, PROMPT, "--run", run.path, "--out", alone) == 0
+    assert capsys.readouterr().out.split() == [str(alone), str(tmp_path / "alone.png")]
+    assert call(sample.main, OTHER, PROMPT, "two", "--run", run.path, "--out", between) == 0
+    names = [f"between-{i}.webp" for i in (1, 2, 3)]
+    assert capsys.readouterr().out.split() == [str(tmp_path / n) for n in (*names, "between.png")]
+    videos = [read_video(tmp_path / name) for name in names]
+    assert torch.equal(read_video(alone), videos[1])
+    assert not torch.equal(videos[0], videos[1]) and not torch.equal(videos[1], videos[2])
+    assert videos[1].shape == (3, 8, 256, 256)
+    expected = generate(run, [PROMPT], [prompt_seed(0, PROMPT)])[0]
+    assert torch.equal(videos[1], enlarge(expected))
+
+
+@pytest.mark.parametrize(
+    "arguments, options",
+    [
+        (["--seed", "4"], {}),
+        (["--steps", "3"], {"steps": 3}),
+        (
+            ["--guidance", "1.5"],
+            dict.fromkeys(["guidance", "latent_guidance", "context_guidance"], 1.5),
+        ),
+        (["--guidance", "3", "1"], {"guidance": 3, "latent_guidance": 1, "context_guidance": 1}),
+        (
+            ["--guidance", "3", "1", "4"],
+            {"guidance": 3, "latent_guidance": 1, "context_guidance": 4},
+        ),
+    ],
+)
+def test_arguments_reach_the_sampler(run, tmp_path, arguments, options):
+    out = tmp_path / "x.webp"
+    assert call(sample.main, PROMPT, "--run", run.path, "--out", out, *arguments) == 0
+    seed = prompt_seed(4 if "--seed" in arguments else 0, PROMPT)
+    assert torch.equal(read_video(out), enlarge(generate(run, [PROMPT], [seed], **options)[0]))
+
+
+def test_longer_videos_on_the_command_line(run, tmp_path):
+    out = tmp_path / "x.webp"
+    assert call(sample.main, "--run", run.path, "--out", out, "--seconds", 3) == 0
+    assert read_video(out).shape == (3, 24, 256, 256)
+    assert sum(durations(out)) == 3000
+
+
+def test_the_sheet_alone(run, tmp_path, capsys):
+    assert call(sample.main, PROMPT, OTHER, "--run", run.path, "--out", tmp_path / "x.png") == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "x.png")]
+
+
+def test_the_base_model_needs_no_planner(tmp_path):
+    run = random_run(tmp_path / "run", stages=["vae", "base"])
+    out = tmp_path / "x.webp"
+    assert call(sample.main, PROMPT, "--run", run.path, "--out", out, "--base") == 0
+    seed, guidance = prompt_seed(0, PROMPT), run.config.sample.base_guidance
+    expected = paint(run, [PROMPT], [seed], None, base_guidance=guidance)[0]
+    assert torch.equal(read_video(out), enlarge(expected))
+
+
+@pytest.mark.parametrize("prompts", [[], [PROMPT], [PROMPT, OTHER]])
+def test_a_reference_video_stands_in_for_stage_one(tmp_path, prompts):
+    """Its plan is painted once for each prompt, without stage 1's weights (SemanticGen Fig. 4)."""
+    run = random_run(tmp_path / "run", stages=["vae", "encoder", "latent"])
+    clip = World(run.config.data, "test").batch([0])
+    reference, out = tmp_path / "clip.webp", tmp_path / "x.webp"
+    write_video(reference, clip.video[0], run.config.data.fps)
+    arguments = [*prompts, "--reference", reference, "--run", run.path, "--out", out]
+    assert call(sample.main, *arguments) == 0
+    count = max(1, len(prompts)) + 1
+    first, *painted = (read_video(tmp_path / f"x-{i + 1}.webp") for i in range(count))
+    assert (first.float() - enlarge(clip.video[0]).float()).abs().mean() < 2  # made small again
+    plan = reference_plans(run, reference_clip(reference, run.config.data).semantic_video)
+    for prompt, video in zip(prompts or [""], painted, strict=True):
+        expected = paint(run, [prompt], [prompt_seed(0, prompt)], plan)[0]
+        assert torch.equal(video, enlarge(expected))
+
+
+def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
+    somewhere = ["--run", run.path]
+    cases = [
+        ([PROMPT, "--out", tmp_path / "x.avi", *somewhere], [".avi", ".webp", ".mp4"]),
+        ([PROMPT, "--out", tmp_path / "x", *somewhere], [".webp"]),
+        ([PROMPT, "", *somewhere], ["a prompt is empty"]),
+        (["  ", *somewhere], ["a prompt is empty"]),
+        ([PROMPT, "--steps", "0", *somewhere], ["--steps 0", "at least 1"]),
+        ([PROMPT, "--steps", "-3", *somewhere], ["--steps -3", "at least 1"]),
+        ([PROMPT, "--seconds", "0.1", *somewhere], ["--seconds 0.1", "1.0 s"]),
+        ([PROMPT, "--guidance", "1", "2", "3", "4", *somewhere], ["--guidance", "not 4"]),
+        ([PROMPT, "--reference", tmp_path / "no.mp4", *somewhere], ["no.mp4"]),
+        ([PROMPT, "--run", tmp_path / "nowhere"], ["is no run", "train.py"]),
+    ]
+    for arguments, words in cases:
+        assert call(sample.main, *arguments, "--seed", 1) == 2, arguments
+        one_line(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["vae", "encoder", "latent", "semantic"])
+def test_a_run_without_weights_says_which(tmp_path, capsys, missing):
+    stages = [s for s in ("vae", "encoder", "latent", "semantic") if s != missing]
+    run = random_run(tmp_path, stages=stages)
+    assert call(sample.main, PROMPT, "--run", run.path, "--out", tmp_path / "x.webp") == 2
+    one_line(capsys, f"{missing}.safetensors", f"--stage {missing}")
+
+
+def test_a_run_of_another_version_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"format": 0, "config": {}}))
+    assert call(sample.main, PROMPT, "--run", tmp_path) == 2
+    one_line(capsys, "format 0")

@@ -1,0 +1,673 @@
+"""train.py: an interrupted run against one that never stopped, and each loss against its formula.
+
+Everything runs in float32 on the CPU with micro settings, where equal means bit for bit: weights,
+EMA, optimizer states and metrics. The diffusion losses are recomputed from what a stand-in for the
+network was shown: with a single clip the data is known, so the noise follows from z_t and t.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run import MICRO, call, micro, one_line, random_run
+from torch import Tensor, nn
+
+import train
+from config import STAGES, UserError
+from flow import shift_time
+from run import NEEDS, Run
+from train import (
+    build_optimizers,
+    diffusion_loss,
+    ema_decay,
+    encoded_clips,
+    lr_factor,
+    step_generator,
+    update_ema,
+)
+from world import World
+
+ROOT = Path(__file__).parent.parent
+
+
+class Few(World):
+    """The first eight clips."""
+
+    def __len__(self) -> int:
+        return 8
+
+
+def few(run: Run) -> Few:
+    return Few(run.config.data, "train")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """A line of metrics every two steps; no pictures, which take most of the time."""
+    monkeypatch.setattr(train, "LOG_EVERY", 2)
+    monkeypatch.setattr(train, "preview", lambda *_: None)
+    monkeypatch.setattr(train.Metrics, "plot", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Run:
+    """All stages, trained for six steps without a stop, with pictures."""
+    run = Run.create(tmp_path_factory.mktemp("trained") / "run", micro())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "LOG_EVERY", 2)
+        train.train(run, STAGES, few(run), seed=0)
+    return run
+
+
+def copy_of(run: Run, path: Path, stages, *settings: str) -> Run:
+    """Return a new run that has the weights of those stages of another one."""
+    copy = Run.create(path, micro(*settings))
+    for stage in stages:
+        shutil.copy(run.weights_file(stage), copy.weights_file(stage))
+    return copy
+
+
+def stop_at(monkeypatch, stop: int, action=lambda: signal.raise_signal(signal.SIGTERM)):
+    """Do something, by default send SIGTERM to ourselves, when the draws of step `stop` begin."""
+
+    def generator(seed: int, stage: str, step: int) -> torch.Generator:
+        if step + 1 == stop:
+            action()
+        return step_generator(seed, stage, step)
+
+    monkeypatch.setattr(train, "step_generator", generator)
+
+
+def interrupted(run: Run, stage: str, stop: int) -> Run:
+    """Train a stage with a SIGTERM during step `stop`, then open the folder anew and go on."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
+        stop_at(patch, stop)
+        train.train(run, [stage], few(run), seed=0)
+    assert exit.value.code == 130
+    assert run.load_state(stage)["step"] == stop and not run.has(stage)
+    torch.manual_seed(12345)  # the next process has other random numbers than this one had
+    resumed = Run.open(run.path)
+    train.train(resumed, [stage], few(run), seed=0)
+    return resumed
+
+
+def assert_equal(actual, expected, name: str = ""):
+    """Check that two nests of dicts, lists and tensors are the same, bit for bit."""
+    if isinstance(expected, Tensor):
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected), name
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), name
+        for key in expected:
+            assert_equal(actual[key], expected[key], f"{name}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), name
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert_equal(a, e, f"{name}.{i}")
+    else:
+        assert actual == expected, name
+
+
+def metrics(run: Run, stage: str) -> list[dict]:
+    """Return the lines of a stage, without what a clock says."""
+    lines = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in x.items() if k != "seconds"} for x in lines if x["stage"] == stage]
+
+
+def weights(run: Run, stage: str) -> dict[str, Tensor]:
+    return load_file(run.weights_file(stage))
+
+
+# --- resumption and seeds -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_goes_on_equals_one_that_never_stopped(trained, tmp_path, stage):
+    run = interrupted(copy_of(trained, tmp_path, NEEDS[stage]), stage, stop=4)
+    assert_equal(weights(run, stage), weights(trained, stage))  # EMA
+    state, expected = run.load_state(stage), trained.load_state(stage)
+    assert state.keys() == {"step", "seconds", "modules", "ema", "optimizers"} | state.keys()
+    del state["seconds"], expected["seconds"]
+    assert_equal(state, expected)
+    assert metrics(run, stage) == metrics(trained, stage)
+    assert [line["step"] for line in metrics(run, stage)] == [2, 4, 6]
+
+
+def test_metrics_go_on_between_two_lines(trained, tmp_path):
+    run = interrupted(copy_of(trained, tmp_path, ()), "vae", stop=3)
+    assert_equal(weights(run, "vae"), weights(trained, "vae"))
+    assert metrics(run, "vae") == metrics(trained, "vae")
+
+
+def test_a_stop_at_the_last_step_is_finished_the_next_time(trained, tmp_path):
+    run = interrupted(copy_of(trained, tmp_path, ()), "vae", stop=6)
+    assert run.has("vae")
+    assert_equal(weights(run, "vae"), weights(trained, "vae"))
+
+
+def test_metrics_after_the_last_saved_state_are_written_anew(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 3)
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    run = copy_of(trained, tmp_path / "stopped", ())
+
+    def power_cut():
+        raise ConnectionError("power cut")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConnectionError):
+        stop_at(patch, 6, power_cut)
+        train.train(run, ["vae"], few(run), seed=0)
+    assert run.load_state("vae")["step"] == 3
+    before = metrics(run, "vae")
+    assert [line["step"] for line in before] == [1, 2, 3, 4, 5]
+    train.train(run, ["vae"], few(run), seed=0)
+    assert [line["step"] for line in metrics(run, "vae")] == [1, 2, 3, 4, 5, 6]
+    assert metrics(run, "vae")[:5] == before
+    assert_equal(weights(run, "vae"), weights(trained, "vae"))
+
+
+def test_a_trained_stage_is_left_alone_and_fresh_weights_come_again(trained, tmp_path, capsys):
+    run = copy_of(trained, tmp_path, ())
+    train.train(run, ["vae"], few(run), seed=0)
+    assert_equal(weights(run, "vae"), weights(trained, "vae"))  # the same seed twice
+    before = run.weights_file("vae").stat().st_mtime_ns
+    capsys.readouterr()
+    train.train(run, ["vae"], few(run), seed=0)
+    assert "already trained for 6 steps" in capsys.readouterr().out
+    assert run.weights_file("vae").stat().st_mtime_ns == before
+    run.forget("vae")
+    train.train(run, ["vae"], few(run), seed=1)
+    for name, x in weights(run, "vae").items():
+        assert not torch.equal(x, weights(trained, "vae")[name]), name  # another seed
+
+
+def test_more_steps_go_on_from_the_end(trained, tmp_path, capsys):
+    run = copy_of(trained, tmp_path, ())
+    train.train(run, ["vae"], few(run), seed=0)
+    longer = Run.create(tmp_path, micro("stages.vae.steps=8"))
+    train.train(longer, ["vae"], few(run), seed=0)
+    assert "steps 6 to 8" in capsys.readouterr().out
+    assert longer.load_state("vae")["step"] == 8
+    assert [line["step"] for line in metrics(longer, "vae")] == [2, 4, 6, 8]
+
+
+def test_steps_stages_and_seeds_have_their_own_random_numbers():
+    draws = {
+        tuple(torch.rand(2, generator=step_generator(*which)).tolist())
+        for which in [(0, "vae", 0), (0, "vae", 1), (0, "base", 0), (1, "vae", 0), (10, "vae", 0)]
+    }
+    assert len(draws) == 5
+    again = torch.rand(2, generator=step_generator(0, "vae", 1))
+    assert torch.equal(again, torch.rand(2, generator=step_generator(0, "vae", 1)))
+
+
+# --- what a stage leaves behind -----------------------------------------------------------------
+
+
+def test_every_stage_leaves_weights_metrics_and_pictures(trained):
+    for stage in STAGES:
+        assert trained.has(stage)
+        lines = metrics(trained, stage)
+        assert lines and all(math.isfinite(v) for x in lines for v in x.values() if v != stage)
+        assert "loss" in lines[-1] and "grad_norm" in lines[-1]
+    pictures = {path.stem for path in (trained.path / "samples").iterdir()}
+    assert pictures == {"vae", "latent", "semantic", "base"}
+    assert not list(trained.path.rglob("*.tmp"))
+
+
+def test_the_captioner_is_left_out_of_the_encoders_weights(trained):
+    assert {name.split(".")[0] for name in weights(trained, "encoder")} == {"encoder"}
+    assert any(name.startswith("captioner.") for name in trained.load_state("encoder")["modules"])
+
+
+def test_loss_curves_are_drawn(trained):
+    pytest.importorskip("matplotlib")
+    assert (trained.path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_statistics_normalise_latents_and_plans(trained):
+    """After training, what the diffusion models see has zero mean and unit variance per channel."""
+    dataset = few(trained)
+    latents = encoded_clips(trained, dataset, 8, "latents").transpose(0, 1).flatten(1)  # (C, N)
+    assert latents.mean(1).abs().max() < 1e-3
+    assert (latents.std(1) - 1).abs().max() < 1e-3
+    compressor = trained.painter["compressor"]
+    features = encoded_clips(trained, dataset, 8, "features").float()
+    generator = torch.Generator().manual_seed(0)
+    plans = []
+    for _ in range(200):
+        noise = torch.randn(8, compressor.channels, *features.shape[2:], generator=generator)
+        plans.append(compressor.normalise(compressor(features, noise)[0].detach()))
+    plans = torch.cat(plans).transpose(0, 1).flatten(1)
+    assert plans.mean(1).abs().max() < 0.05
+    assert (plans.std(1) - 1).abs().max() < 0.05
+
+
+def test_earlier_stages_are_trained_first_and_named(tmp_path, capsys):
+    run = Run.create(tmp_path, micro(*(f"stages.{stage}.steps=1" for stage in STAGES)))
+    train.train(run, ["semantic"], few(run), seed=0)
+    out = capsys.readouterr().out
+    said = "semantic needs vae and encoder and latent first"
+    places = [out.index(said), *(out.index(f"\n{s}: ") for s in ("vae", "encoder", "latent"))]
+    assert places == sorted(places) and places[-1] < out.index("\nsemantic: ")
+    assert [s for s in STAGES if run.has(s)] == ["vae", "encoder", "latent", "semantic"]
+    train.train(run, ["base"], few(run), seed=0)
+    assert "first" not in capsys.readouterr().out
+
+
+# --- EMA, learning rate, optimizers -------------------------------------------------------------
+
+
+def test_the_ema_follows_its_formula(trained, tmp_path, monkeypatch):
+    """Over a whole run: the weights written are the EMA, recomputed here from every step's."""
+    seen = []
+
+    def record(ema, modules, decay):
+        if not seen:
+            seen.append({name: x.double().clone() for name, x in ema.items()})
+        seen.append({n: p.detach().double().clone() for n, p in modules.named_parameters()})
+        update_ema(ema, modules, decay)
+
+    monkeypatch.setattr(train, "update_ema", record)
+    run = copy_of(trained, tmp_path, ("vae",), "stages.base.ema=0.3")
+    train.train(run, ["base"], few(run), seed=0)
+    expected, steps = seen[0], seen[1:]
+    assert len(steps) == 6
+    for step, parameters in enumerate(steps):
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = {n: decay * expected[n] + (1 - decay) * x for n, x in parameters.items()}
+    found = weights(run, "base")
+    moved = max((steps[-1][n] - x).abs().max() for n, x in expected.items())
+    assert moved > 1e-3  # the EMA is not the last weights
+    for name, x in expected.items():
+        assert (found[name] - x).abs().max() < 1e-6, name
+    raw = run.load_state("base")["modules"]
+    assert all(torch.equal(raw[name].double(), x) for name, x in steps[-1].items())
+
+
+def test_ema_decay_grows_to_its_setting():
+    config = micro("stages.vae.ema=0.9").stages.vae
+    decays = [ema_decay(step, config) for step in range(200)]
+    assert decays[0] == 0.1 and decays == sorted(decays) and decays[-1] == 0.9
+    assert decays[20] == 21 / 30
+
+
+def test_learning_rate_by_hand():
+    config = micro("stages.vae.steps=100", "stages.vae.warmup=10", "stages.vae.final_lr=0.2")
+    factors = [lr_factor(step, config.stages.vae) for step in range(101)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert max(factors) == 1 == factors[10]
+    assert factors[55] == pytest.approx(0.6)  # half way down
+    assert factors[100] == pytest.approx(0.2)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 6, 50])
+def test_learning_rate_is_never_zero_nor_above_the_peak(warmup):
+    config = micro(f"stages.vae.warmup={warmup}").stages.vae
+    assert all(0 < lr_factor(step, config) <= 1 for step in range(config.steps))
+
+
+def test_optimizers_ran_at_the_scheduled_rate(trained):
+    config = trained.config.stages.latent
+    adamw, muon = trained.load_state("latent")["optimizers"]
+    for state, peak in ((adamw, config.lr), (muon, config.muon_lr)):
+        (group,) = state["param_groups"]
+        assert group["lr"] == peak * lr_factor(5, config)
+        assert group["weight_decay"] == config.weight_decay
+    assert metrics(trained, "latent")[-1]["lr"] == lr_factor(5, config)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_parameter_has_exactly_one_optimizer(trained, stage, optimizer):
+    modules = trained.build(stage)
+    next(modules.parameters()).requires_grad_(False)
+    config = getattr(micro(f"stages.{stage}.optimizer={optimizer}").stages, stage)
+    optimizers = build_optimizers(modules, config)
+    names = {id(p): name for name, p in modules.named_parameters()}
+    held = [[names[id(p)] for g in o.param_groups for p in g["params"]] for o in optimizers]
+    trainable = [name for name, p in modules.named_parameters() if p.requires_grad]
+    assert sorted(chain(*held)) == sorted(trainable)
+    matrices = {n for n, p in modules.named_parameters() if ".blocks." in n and p.ndim == 2}
+    if optimizer == "adamw":
+        assert [type(o) for o in optimizers] == [torch.optim.AdamW]
+    else:
+        assert [type(o) for o in optimizers] == [torch.optim.AdamW, torch.optim.Muon]
+        assert matrices and set(held[1]) == matrices
+
+
+# --- losses -------------------------------------------------------------------------------------
+
+
+class Shown(nn.Module):
+    """Stands for a DiT: keeps what it is shown and answers with `scale` times z."""
+
+    def __init__(self, scale: float = 0.0):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, z, t, text, context=None, keep_context=None):
+        self.z, self.t, self.text = z.detach(), t, text
+        self.context, self.keep_context = context, keep_context
+        return self.scale * z
+
+
+def shown(run: Run, stage: str, scale: float = 0.0, step: int = 0):
+    """Compute one loss of a stage with a stand-in; return it, its logs and all modules."""
+    modules = run.build(stage)
+    if stage == "latent":
+        modules["compressor"] = run.painter["compressor"]
+    modules["dit"] = Shown(scale)
+    loss, logs = diffusion_loss(run, modules, few(run), stage)(step_generator(0, stage, step))
+    return loss, logs, modules
+
+
+def one_clip(path: Path, stage: str, batch: int, *settings: str) -> Run:
+    """Return a run whose stage sees a single clip: its data is known."""
+    field = f"stages.{stage}"
+    return random_run(path, f"{field}.clips=1", f"{field}.batch={batch}", *settings)
+
+
+def drawn_noise(dit: Shown, data: Tensor) -> Tensor:
+    """Return the noise of z_t = (1 - t) data + t noise, (B, ...)."""
+    t = dit.t.reshape(-1, 1, 1, 1, 1).double()
+    return (dit.z.double() - (1 - t) * data.double()) / t
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7])
+@pytest.mark.parametrize("stage", ["latent", "base"])
+def test_flow_loss_by_hand(tmp_path, stage, scale):
+    run = one_clip(tmp_path, stage, 300)
+    data = encoded_clips(run, few(run), 1, "latents")
+    _, logs, modules = shown(run, stage, scale)
+    dit = modules["dit"]
+    noise = drawn_noise(dit, data)
+    error = (scale * dit.z - (noise - data)).square().flatten(1).mean(1)  # (B,)
+    assert logs["flow"].item() == pytest.approx(error.mean().item(), rel=1e-4)
+    for i in range(4):
+        inside = (dit.t >= i / 4) & (dit.t < (i + 1) / 4)
+        assert logs[f"flow_t{i}"].item() == pytest.approx(error[inside].mean().item(), rel=1e-4)
+    sure = noise[dit.t > 0.2].flatten()  # and it is N(0, 1), another for every sample
+    assert abs(sure.mean()) < 0.02 and abs(sure.std() - 1) < 0.02
+    assert torch.corrcoef(noise[dit.t > 0.2][:5].flatten(1)).triu(1).abs().max() < 0.35
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_times_are_logit_normal_and_shifted(tmp_path, shift):
+    run = one_clip(tmp_path, "semantic", 4000, f"stages.semantic.shift={shift}")
+    *_, modules = shown(run, "semantic")
+    t = modules["dit"].t
+    expected = shift_time(
+        torch.distributions.Normal(0, 1).icdf(torch.linspace(0.02, 0.98, 49)).sigmoid(), shift
+    )
+    quantiles = t.quantile(torch.linspace(0.02, 0.98, 49))
+    assert (quantiles - expected).abs().max() < 0.02
+
+
+def test_the_painters_first_loss_is_that_of_a_zero_velocity(tmp_path):
+    run = one_clip(tmp_path, "latent", 64)
+    data = encoded_clips(run, few(run), 1, "latents")
+    modules = run.build("latent")
+    asked = {}
+    modules["dit"].register_forward_pre_hook(
+        lambda _, inputs: asked.update(z=inputs[0], t=inputs[1])
+    )
+    _, logs = diffusion_loss(run, modules, few(run), "latent")(step_generator(0, "latent", 0))
+    dit = Shown()
+    dit.z, dit.t = asked["z"], asked["t"]
+    expected = (drawn_noise(dit, data) - data).square().mean()
+    assert logs["flow"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_kl_by_hand(tmp_path):
+    run = one_clip(tmp_path, "latent", 5, "compressor.kl_weight=0.25")
+    loss, logs, modules = shown(run, "latent")
+    features = encoded_clips(run, few(run), 1, "features").float()
+    mean, log_variance = modules["compressor"].posterior(features)
+    ours = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    kl = torch.distributions.kl_divergence(ours, torch.distributions.Normal(0.0, 1.0))
+    by_channel = kl.mean((0, 2, 3, 4))
+    assert logs["kl"].item() == pytest.approx(by_channel.sum().item(), rel=1e-4)
+    assert logs["active_channels"].item() == (by_channel > 0.1).sum()
+    assert loss.item() == pytest.approx((logs["flow"] + 0.25 * logs["kl"]).item(), rel=1e-5)
+
+
+def surely(compressor: nn.Module):
+    """Make the deviation of a compressor's plans almost zero: a plan is its mean."""
+    compressor.mlp[2].weight[compressor.channels :].zero_()
+    compressor.mlp[2].bias[compressor.channels :] = -20.0
+
+
+def test_plans_are_shown_with_noise_of_another_size_for_each_sample(tmp_path):
+    run = one_clip(tmp_path, "latent", 2000, "compressor.noise=0.5")
+    compressor = run.painter["compressor"]
+    compressor.std.fill_(3.0)
+    surely(compressor)
+    *_, modules = shown(run, "latent")
+    plan = compressor.encode(encoded_clips(run, few(run), 1, "features").float())
+    added = (modules["dit"].context - plan).flatten(1) / (0.5 * 3.0)  # (B, elements)
+    sizes = added.square().mean(1).sqrt()  # |N(0, 1)|, of mean 0.80 and mean square 1
+    assert abs(sizes.square().mean() - 1) < 0.1 and abs(sizes.mean() - 0.8) < 0.05
+    assert (sizes < 0.1).float().mean() > 0.03 and (sizes > 2).float().mean() > 0.02
+    assert abs((added / sizes[:, None]).mean()) < 0.02
+
+
+def test_the_planner_learns_normalised_plans(tmp_path):
+    run = one_clip(tmp_path, "semantic", 50)
+    compressor = run.painter["compressor"]
+    compressor.mean += torch.arange(compressor.channels).reshape(-1, 1, 1, 1)
+    compressor.std *= 2.5
+    surely(compressor)
+    _, logs, modules = shown(run, "semantic")
+    plan = compressor.encode(encoded_clips(run, few(run), 1, "features").float())
+    data = (plan - compressor.mean) / 2.5
+    noise = drawn_noise(modules["dit"], data)
+    assert abs(noise[modules["dit"].t > 0.2].std() - 1) < 0.05
+    assert logs["flow"].item() == pytest.approx((noise - data).square().mean().item(), rel=1e-2)
+    assert modules["dit"].context is None and not any(k.startswith("kl") for k in logs)
+
+
+@pytest.mark.parametrize("stage", ["latent", "semantic", "base"])
+def test_conditions_are_dropped_by_sample_and_apart(tmp_path, stage):
+    n = 4000
+    dropouts = [f"stages.{stage}.text_dropout=0.3", f"stages.{stage}.context_dropout=0.2"]
+    run = one_clip(tmp_path, stage, n, *dropouts)
+    *_, modules = shown(run, stage)
+    dit = modules["dit"]
+    text = dit.text.flatten(1)
+    kept = text.any(1)  # (B,)
+    assert torch.equal(
+        text[kept], run.text.encode(few(run).captions([0])).flatten(1).expand(kept.sum(), -1)
+    )
+    assert abs(kept.float().mean() - 0.7) < 4 * math.sqrt(0.21 / n)
+    if stage != "latent":
+        assert dit.context is None and dit.keep_context is None
+        return
+    assert dit.keep_context.dtype == torch.bool
+    assert abs(dit.keep_context.float().mean() - 0.8) < 4 * math.sqrt(0.16 / n)
+    both = (kept & dit.keep_context).float().mean()
+    assert abs(both - 0.7 * 0.8) < 4 * math.sqrt(0.25 / n)
+    assert dit.context.flatten(1).any(1).all()  # a dropped plan is the DiT's to replace
+
+
+@pytest.mark.parametrize("dropout, kept", [(0.0, True), (1.0, False)])
+def test_dropouts_of_none_and_of_all(tmp_path, dropout, kept):
+    fields = (f"stages.latent.{name}_dropout={dropout}" for name in ("text", "context"))
+    *_, modules = shown(one_clip(tmp_path, "latent", 50, *fields), "latent")
+    assert (modules["dit"].text.flatten(1).any(1) == kept).all()
+    assert (modules["dit"].keep_context == kept).all()
+
+
+def test_the_planner_leaves_the_painters_compressor_alone(trained, tmp_path):
+    run = copy_of(trained, tmp_path, NEEDS["semantic"])
+    train.train(run, ["semantic"], few(run), seed=0)
+    for stage in NEEDS["semantic"]:
+        assert run.weights_file(stage).read_bytes() == trained.weights_file(stage).read_bytes()
+    assert not any(p.requires_grad for p in run.painter.parameters())
+
+
+def test_one_batch_can_be_learned_by_heart(trained, tmp_path):
+    """The same four clips, noise and times in every step: the flow loss has to fall."""
+    settings = [f"stages.latent.{k}_dropout=0" for k in ("text", "context")]
+    run = copy_of(trained, tmp_path, NEEDS["latent"], "stages.latent.batch=4", *settings)
+    torch.manual_seed(0)
+    modules = run.build("latent").train()
+    loss_of = diffusion_loss(run, modules, few(run), "latent")
+    optimizers = build_optimizers(modules, run.config.stages.latent)
+    flows = []
+    for _ in range(100):
+        loss, logs = loss_of(step_generator(0, "latent", 0))
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        flows.append(logs["flow"].item())
+    assert flows[-1] < 0.1 * flows[0], f"{flows[0]:.3f} -> {flows[-1]:.3f}"
+
+
+# --- warnings and errors ------------------------------------------------------------------------
+
+
+def test_a_dead_plan_is_said_loudly(trained, tmp_path, capsys):
+    dead = ["kl_weight=1000", "log_variance=-0.5"]
+    fast = ["steps=40", "lr=0.1", "optimizer=adamw"]
+    settings = [f"compressor.{x}" for x in dead] + [f"stages.latent.{x}" for x in fast]
+    run = copy_of(trained, tmp_path, NEEDS["latent"], *settings)
+    train.train(run, ["latent"], few(run), seed=0)
+    out = capsys.readouterr().out
+    assert metrics(run, "latent")[0]["active_channels"] > 0
+    assert metrics(run, "latent")[-1]["active_channels"] == 0
+    assert "the plan has died (KL is 0); lower kl_weight" in out
+    train.train(copy_of(trained, tmp_path / "alive", NEEDS["latent"]), ["latent"], few(run), seed=0)
+    assert "died" not in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(trained, tmp_path, monkeypatch):
+    steps = []
+
+    def bad_loss(run, modules, dataset, batch):
+        loss_of = vae_loss(run, modules, dataset, batch)
+
+        def loss(rng):
+            steps.append(1)
+            loss, logs = loss_of(rng)
+            return loss * (math.inf if len(steps) == 3 else 1), logs
+
+        return loss
+
+    vae_loss = train.vae_loss
+    monkeypatch.setattr(train, "vae_loss", bad_loss)
+    run = copy_of(trained, tmp_path, ())
+    with pytest.raises(UserError, match="vae: the loss is inf at step 3"):
+        train.train(run, ["vae"], few(run), seed=0)
+    assert not run.has("vae") and not run.state_file("vae").exists()
+
+
+@pytest.mark.parametrize("foreign", ["another stage's", "another program's"])
+def test_a_state_that_does_not_fit_is_refused(trained, tmp_path, foreign):
+    run = copy_of(trained, tmp_path, NEEDS["latent"])
+    state = trained.load_state("base") if foreign == "another stage's" else {"model": {}}
+    run.save_state("latent", state)
+    with pytest.raises(UserError, match=r"latent\.state does not fit.*--fresh") as error:
+        train.train(run, ["latent"], few(run), seed=0)
+    assert "\n" not in str(error.value)
+
+
+def test_signals_mean_what_they_did_before(trained, tmp_path):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    interrupted(copy_of(trained, tmp_path, ()), "vae", stop=2)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_asked_to_stop_twice_it_does_not_save():
+    with train.Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.wanted
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, capsys):
+    """A process of its own, stopped as a scheduler would; then the same command in this one."""
+    arguments = ["--stage", "encoder", "--tiny", "--out", tmp_path, "--set", *MICRO]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, arguments), "--steps", "3000"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said = ""
+    try:
+        while not re.search(r"\| [1-9]\d*/3000 ", said) and (letter := process.stdout.read(1)):
+            said += letter  # until the progress bar shows a step
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said + out
+    assert "the same command goes on from it" in out and "Traceback" not in out
+    assert not Run.open(tmp_path).has("encoder")
+    step = Run.open(tmp_path).load_state("encoder")["step"]
+    assert call(train.main, *arguments, "--steps", step + 2) == 0
+    assert f"steps {step} to {step + 2}" in capsys.readouterr().out
+    assert Run.open(tmp_path).has("encoder")
+
+
+def test_fresh_starts_over(tmp_path, capsys):
+    arguments = ["--stage", "encoder", "--tiny", "--out", tmp_path, "--set", *MICRO]
+    for extra in ([], ["--fresh"]):
+        assert call(train.main, *arguments, "--steps", 2, *extra) == 0
+        assert "steps 0 to 2" in capsys.readouterr().out
+    assert call(train.main, *arguments, "--steps", 2) == 0
+    assert "already trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--preset", "gigantic"], ["name a preset", "tiny"]),
+        ([], ["name a preset", "tiny"]),
+        (["--tiny", "--steps", "0"], ["--steps 0", "at least 1"]),
+        (["--tiny", "--set", "latent.widht=64"], ["latent.widht", "latent.width"]),
+        (["--tiny", "--set", "width=64"], ["width", "vae.width", "latent.width"]),
+        (["--tiny", "--set", "latent.width=wide"], ["latent.width=wide", "expected int"]),
+        (["--tiny", "--set", "latent.width"], ["expected field=value"]),
+        (["--tiny", "--set", "data.frames=6"], ["multiples of 4 frames"]),
+        (["--tiny", "--set", "latent.width=64", "latent.heads=7"], ["64 over 7 heads"]),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, arguments, words):
+    out = tmp_path / "run"
+    assert call(train.main, "--stage", "vae", "--out", out, *arguments) == 2
+    one_line(capsys, *words)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "setting", ["optimizer=sgd", "time=normal", "steps=0", "batch=0", "clips=0", "shift=0"]
+)
+def test_impossible_settings_are_refused_before_a_folder_is_made(setting):
+    """Else the folder has them, and the command without the mistake is refused in turn."""
+    with pytest.raises(UserError, match=setting.split("=")[0]):
+        micro(f"stages.latent.{setting}")
+
+
+def test_other_settings_in_a_used_folder_are_one_line(tmp_path, capsys):
+    Run.create(tmp_path, micro())
+    arguments = ["--stage", "vae", "--tiny", "--out", tmp_path, "--set", *MICRO, "latent.width=64"]
+    assert call(train.main, *arguments) == 2
+    one_line(capsys, "latent.width 32 -> 64")

@@ -15,12 +15,13 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -273,6 +274,60 @@ class Run:
             raise UserError(
                 f"{file} is not a training state ({reason}): --fresh starts over"
             ) from None
+
+
+class Metrics:
+    """Averages of what each step logs, one JSON line at a time, and the loss curve."""
+
+    def __init__(self, path: Path, stage: str, step: int, pending: Sequence[dict] = ()):
+        self.path, self.stage, self.pending = path, stage, list(pending)
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
+        lines = [json.loads(line) for line in whole.splitlines()]
+        # Lines after the state that training goes on from will be written again.
+        kept = [x for x in lines if x["stage"] != stage or x["step"] <= step]
+        if kept != lines or whole != text:
+            write_file(path, "".join(json.dumps(x) + "\n" for x in kept).encode())
+
+    def add(self, values: dict):
+        self.pending.append({name: float(value) for name, value in values.items()})
+
+    def write(self, step: int, factor: float, seconds: float) -> dict:
+        """Append the mean of what was added since the last line; empty bins are left out."""
+        line = {"stage": self.stage, "step": step, "lr": factor, "seconds": round(seconds, 2)}
+        for name in self.pending[0]:
+            values = [x[name] for x in self.pending if not math.isnan(x[name])]
+            if values:
+                line[name] = round(sum(values) / len(values), 6)
+        self.pending = []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+    def plot(self):
+        """Draw loss.png, a panel for each stage, if matplotlib is there."""
+        try:
+            import matplotlib
+        except ImportError:
+            print('no loss.png: pip install "semanticgen[plot]" for the curves')
+            return
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        stages = [s for s in STAGES if any(x["stage"] == s for x in lines)]
+        figure, panels = pyplot.subplots(
+            1, len(stages), figsize=(4 * len(stages), 3), squeeze=False, layout="constrained"
+        )
+        for panel, stage in zip(panels[0], stages, strict=True):
+            mine = [x for x in lines if x["stage"] == stage]
+            panel.plot([x["step"] for x in mine], [x["loss"] for x in mine])
+            panel.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        pyplot.close(figure)
+        write_file(self.path.with_name("loss.png"), buffer.getvalue())
 
 
 def export(source: Path, target: Path):

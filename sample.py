@@ -249,6 +249,8 @@ def main():
         )
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps}: at least 1")
+    if args.reference and (args.base or args.seconds is not None):
+        raise UserError("--reference: its plan has its own length, and the base knows no plans")
     if any(not prompt.strip() for prompt in args.prompts):
         raise UserError("a prompt is empty: leave it out for the default prompt")
 

@@ -14,7 +14,6 @@ goes on equals one that never stopped, and the step is all there is to remember.
 """
 
 import argparse
-import json
 import math
 import signal
 import sys
@@ -32,7 +31,7 @@ import sample
 from config import PRESETS, STAGES, StageConfig, UserError, override
 from data import Folder, contact_sheet
 from flow import flow_loss, path, sample_time
-from run import NEEDS, Run, command, computing, write_file
+from run import NEEDS, Metrics, Run, command, computing, write_file
 from semantic import Captioner
 from text import piece_seed
 from world import World, to_float, to_uint8
@@ -241,11 +240,14 @@ def train_stage(run: Run, stage: str, dataset, seed: int):
             ema = {name: x.to(run.device) for name, x in state["ema"].items()}
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
+            began_with = state.get("seed", seed)
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise UserError(
                 f"{run.state_file(stage)} does not fit this run ({reason}): --fresh starts over"
             ) from None
+        if began_with != seed:
+            raise UserError(f"{run.path} was begun with --seed {began_with}: give it, or --fresh")
     if step >= config.steps and run.has(stage):
         print(f"{stage}: already trained for {step} steps")
         return
@@ -268,6 +270,7 @@ def train_stage(run: Run, stage: str, dataset, seed: int):
             {
                 "step": step,
                 "seconds": seconds,
+                "seed": seed,
                 "pending": metrics.pending,
                 "modules": modules.state_dict(),
                 "ema": ema,
@@ -375,60 +378,6 @@ def vocabulary(dataset) -> list[str]:
     """Return the words of a dataset's captions, sorted."""
     captions = dataset.captions(range(min(4096, len(dataset))))
     return sorted({word for caption in captions for word in caption.lower().split()})
-
-
-class Metrics:
-    """Averages of what each step logs, one JSON line every LOG_EVERY steps, and the loss curve."""
-
-    def __init__(self, path: Path, stage: str, step: int, pending: Sequence[dict] = ()):
-        self.path, self.stage, self.pending = path, stage, list(pending)
-        lines = (
-            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        )
-        # Lines after the state that training goes on from will be written again.
-        kept = [x for x in lines if x["stage"] != stage or x["step"] <= step]
-        if kept != lines:
-            write_file(path, "".join(json.dumps(x) + "\n" for x in kept).encode())
-
-    def add(self, values: dict):
-        self.pending.append({name: float(value) for name, value in values.items()})
-
-    def write(self, step: int, factor: float, seconds: float) -> dict:
-        """Append the mean of what was added since the last line; empty bins are left out."""
-        line = {"stage": self.stage, "step": step, "lr": factor, "seconds": round(seconds, 2)}
-        for name in self.pending[0]:
-            values = [x[name] for x in self.pending if not math.isnan(x[name])]
-            if values:
-                line[name] = round(sum(values) / len(values), 6)
-        self.pending = []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        return line
-
-    def plot(self):
-        """Draw loss.png, a panel for each stage, if matplotlib is there."""
-        try:
-            import matplotlib
-        except ImportError:
-            print('no loss.png: pip install "semanticgen[plot]" for the curves')
-            return
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-        stages = [s for s in STAGES if any(x["stage"] == s for x in lines)]
-        figure, panels = pyplot.subplots(
-            1, len(stages), figsize=(4 * len(stages), 3), squeeze=False, layout="constrained"
-        )
-        for panel, stage in zip(panels[0], stages, strict=True):
-            mine = [x for x in lines if x["stage"] == stage]
-            panel.plot([x["step"] for x in mine], [x["loss"] for x in mine])
-            panel.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        pyplot.close(figure)
-        write_file(self.path.with_name("loss.png"), buffer.getvalue())
 
 
 def train(run: Run, stages: Sequence[str], dataset, seed: int):

@@ -231,7 +231,7 @@ def test_parts_that_do_not_fit_are_refused(name, value, fits):
         ("data.semantic_width=30", "data: semantic video of 4 frames, 32 x 30"),
         ("latent.patch=3", "latent.patch is 3: "),
         ("latent.heads=3", "width 128 over 3 heads"),
-        ("semantic.width=100", "width 100 over 4 heads: a head needs an even width"),
+        ("semantic.width=100", "width 100 over 4 heads"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(setting, named):
@@ -329,7 +329,6 @@ def test_junk_values_raise_nothing_but_user_errors(junk):
 
 PARTS = ("data", "vae", "text", "encoder", "compressor", "latent", "semantic")
 UNCHECKED = {
-    *("data.height", "data.semantic_height"),
     *("vae.width", "vae.time_patch", "vae.space_patch", "encoder.dim", "encoder.heads"),
     *("compressor.hidden", "latent.patch", "latent.heads", "latent.ffn", "latent.space_cycles"),
     *("latent.window", "semantic.context_channels", "semantic.patch", "semantic.heads"),
@@ -354,7 +353,6 @@ def test_a_field_of_a_part_takes_what_can_be_run_and_refuses_the_rest(name):
             try_all(config)
 
 
-@pytest.mark.xfail(reason="not yet checked")
 @pytest.mark.parametrize(
     "setting",
     [
@@ -362,7 +360,7 @@ def test_a_field_of_a_part_takes_what_can_be_run_and_refuses_the_rest(name):
         "data.objects=3",
         "stages.latent.optimizer=sgd",
         "stages.base.time=normal",
-        "dtype=float8",
+        pytest.param("dtype=float8", marks=pytest.mark.xfail(reason="not yet checked")),
     ],
 )
 def test_a_choice_that_is_none_is_refused_before_anything_is_trained(setting):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import world as world_file
-from judge import in_order, read, read_shape, tracks
+from reader import UNCLEAR, in_order, read, tracks
 from world import (
     COLOURS,
     COMBINATIONS,
@@ -341,7 +341,7 @@ def scaled(video: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "spoil, least", [(noisy, 0.98), (blurred, 0.9), (tinted, 0.98), (scaled, 0.98)]
+    "spoil, least", [(noisy, 0.99), (blurred, 0.99), (tinted, 0.99), (scaled, 0.99)]
 )
 def test_mild_damage_is_survived(spoil, least):
     """With sharp pictures alone a reader would judge a painter's blur, not what it shows."""
@@ -416,7 +416,7 @@ def test_tracks_are_where_the_layout_puts_them(split):
     grid = (np.arange(400) + 0.5) / 100 - 2
     for i in range(100):
         found = {track.colour: track for track in tracks(batch.video[i])}
-        for thing, tint, path, radii in made._layout(i)[0]:
+        for thing, _, path, radii in made._layout(i)[0]:
             track = found[thing.colour]
             inside = SHAPES[thing.shape](grid, grid[:, None]) < 0
             middle = (inside.sum(1) @ grid) / inside.sum()  # how far below the centre its mass is
@@ -424,21 +424,21 @@ def test_tracks_are_where_the_layout_puts_them(split):
             radius = radii[0] * (1 - when) + radii[1] * when
             expected = path[:2] * (1 - when) + path[2:] * when
             expected[:, :1] += middle * radius
-            gap = abs(track.centres - expected).max()
+            gap = abs(track.centres.numpy()[:, ::-1] * 32 - expected).max()
             assert gap < 0.5, f"clip {i}, {thing}: {gap:.2f} pixels away"
             area = inside.sum() / 100**2 * radius[:, 0] ** 2
-            ratio = track.areas / area / min(1, tint)
+            ratio = track.areas.numpy() * 32**2 / area
             assert ratio.min() > 0.85 and ratio.max() < 1.15, f"clip {i}, {thing}: {ratio}"
-            assert read_shape(track) == thing.shape
+            assert track.coverage.sum((1, 2)).numpy() / 32**2 == pytest.approx(track.areas.numpy())
 
 
 def test_order_does_not_depend_on_the_order_of_finding():
     batch = clips()
     for clip in batch.video[:100]:
         found = tracks(clip)
-        colours = [[t.colour for t in in_order(some)] for some in (found, found[::-1])]
+        colours = [[t.colour for t in in_order(some, 32, 32)] for some in (found, found[::-1])]
         assert colours[0] == colours[1]
-    assert in_order([]) == []
+    assert in_order([], 32, 32) == []
 
 
 @splits
@@ -454,32 +454,29 @@ def test_a_plain_video_holds_nothing(value):
     assert read(torch.full((3, 16, 32, 32), value, dtype=torch.uint8)) == ()
 
 
-def is_no_scene(found: tuple) -> bool:
-    """Whether no prompt of the world could be taken for satisfied by this."""
-    return len(found) == 0 or len(found) > 2
-
-
 @settings(max_examples=30)
 @given(
     st.integers(0, 2**32),
     st.sampled_from([(16, 32, 32), (2, 8, 40), (24, 48, 64), (16, 33, 31)]),
 )
-def test_noise_holds_no_scene(seed, size):
+def test_noise_has_no_shape_and_does_not_move(seed, size):
+    """A patch of one colour by chance may be a thing, but one that no caption tells."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
-    assert is_no_scene(read(noise))
+    assert {(thing.shape, thing.motion) for thing in read(noise)} <= {(UNCLEAR, "stays still")}
 
 
 @settings(max_examples=30)
 @given(st.integers(0, 299), st.integers(1, 16), st.integers(1, 32), st.integers(1, 32))
 def test_any_part_of_a_video_can_be_read(i, frames, height, width):
     for track in tracks(clips().video[i, :, :frames, :height, :width]):
-        assert np.isfinite(track.centres).all() and np.isfinite(track.areas).all()
+        assert track.centres.isfinite().all() and track.areas.isfinite().all()
     for thing in read(clips().video[i, :, :frames, :height, :width]):
         assert thing.colour in COLOURS
+        assert thing.shape in (*SHAPES, UNCLEAR) and thing.motion in (*MOTIONS, UNCLEAR)
+        assert (thing.shape, thing.motion) != (UNCLEAR, UNCLEAR)
 
 
-@pytest.mark.xfail(reason="a line through one frame's centre has a slope")
 def test_one_frame_does_not_move():
     batch = clips()
     for clip, text in zip(batch.video[:50, :, :1], batch.captions, strict=False):
@@ -488,7 +485,6 @@ def test_one_frame_does_not_move():
         assert {thing.motion for thing in found} <= {"stays still"}
 
 
-@pytest.mark.xfail(reason="the mean of no frames")
 @pytest.mark.parametrize("size", [(0, 32, 32), (16, 0, 32), (16, 32, 0)])
 def test_no_pixels_hold_nothing(size):
     assert read(torch.zeros(3, *size, dtype=torch.uint8)) == ()

@@ -106,6 +106,12 @@ def score(run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]]) -> dict[s
     return {name: 100 * sum(v) / len(v) for name, v in values.items() if v}
 
 
+def psnr(videos: Tensor, real: Tensor) -> float:
+    """Return the mean PSNR of clips (B, 3, F, H, W) uint8 in dB, of those that are not equal."""
+    error = (videos.float() - real.float()).square().flatten(1).mean(1)
+    return float((10 * torch.log10(255**2 / error[error > 0])).mean())
+
+
 def choose(world: World, prompts: int) -> list[int]:
     """Return the first indices of a world with as many one-object as two-object scenes."""
     half, found, index = (prompts + 1) // 2, {1: [], 2: []}, 0
@@ -226,6 +232,7 @@ def main():
                     rows, **options, base_guidance=g
                 )
     rows = {name: test.by_chunks(make, name) for name, make in ways.items()}
+    vae_psnr = psnr(test.reconstructions(slice(0, CHUNK)).cpu(), test.real[:CHUNK])
     rows["never-shown combinations"] = held_out.by_chunks(
         lambda r: held_out.from_text(r, **options), "never-shown combinations"
     )
@@ -234,9 +241,11 @@ def main():
             lambda r: held_out.from_base(r, **options), "base, never-shown"
         )
     print(table(rows))
+    print(f"\nPSNR of the first {len(test.real[:CHUNK])} VAE reconstructions: {vae_psnr:.1f} dB")
     print("\n" + explained)
     if args.json:
-        content = {"run": str(args.run), "prompts": args.prompts, "seed": args.seed, "scores": rows}
+        content = {"run": str(args.run), "prompts": args.prompts, "seed": args.seed}
+        content |= {"vae_psnr": vae_psnr, "scores": rows}
         write_file(args.json, json.dumps(content, indent=1).encode())
 
 

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -104,12 +105,12 @@ def write_file(path: Path, data: bytes):
 
 def versions() -> dict[str, str]:
     """Return what a reader needs to repeat a run: versions of the libraries and our commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty"]
+        here = Path(__file__).parent
+        found = subprocess.run(command, cwd=here, capture_output=True, text=True)
+        commit = found.stdout.strip()
     return {
         "commit": commit or "unknown",
         "torch": torch.__version__,

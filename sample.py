@@ -195,7 +195,7 @@ def write_video(path: Path, video: Tensor, fps: float):
     write_file(path, buffer.getvalue())
 
 
-def write_samples(out: Path, videos: Tensor, labels: Sequence[str], fps: float, stem=None):
+def write_samples(out: Path, videos: Tensor, labels: Sequence[str], fps: float):
     """Write one animation for each video and a contact sheet of all beside them; print their names.
 
     videos: (B, 3, F, H, W) uint8. With .png there is only the sheet.

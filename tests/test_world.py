@@ -303,6 +303,17 @@ def test_the_low_rate_at_another_size_shows_the_same_clip(indices):
     assert difference < 0.02, f"mean difference {difference:.3g}"
 
 
+@pytest.mark.xfail(reason="the layout is that of the larger rate's size")
+def test_the_low_rate_of_another_aspect_shows_every_object_or_is_refused():
+    try:
+        config = DataConfig(height=32, width=64, semantic_height=32, semantic_width=32)
+    except ValueError:
+        return
+    batch = World(config).batch(range(30))
+    for clip, text in zip(batch.semantic_video, batch.captions, strict=True):
+        assert [track.colour for track in tracks(clip)] == [t.colour for t in parse(text)]
+
+
 def test_bytes_survive_as_floats():
     values = torch.arange(256, dtype=torch.uint8)
     assert to_uint8(to_float(values)).equal(values)
@@ -340,16 +351,14 @@ def scaled(video: Tensor, generator: torch.Generator) -> Tensor:
     return video * (0.9 + 0.2 * torch.rand(len(video), 3, 1, 1, 1, generator=generator))
 
 
-@pytest.mark.parametrize(
-    "spoil, least", [(noisy, 0.99), (blurred, 0.99), (tinted, 0.99), (scaled, 0.99)]
-)
-def test_mild_damage_is_survived(spoil, least):
+@pytest.mark.parametrize("spoil", [noisy, blurred, tinted, scaled])
+def test_mild_damage_is_survived(spoil):
     """With sharp pictures alone a reader would judge a painter's blur, not what it shows."""
     batch = clips()
     spoilt = spoil(batch.video.float(), torch.Generator().manual_seed(0))
     wrong = misread(read_all(spoilt), batch.captions)
     rate = 1 - len(wrong) / len(batch.captions)
-    assert rate >= least, f"{rate:.1%} read, {least:.0%} wanted: {wrong[:3]}"
+    assert rate >= 0.99, f"only {rate:.1%} read: {wrong[:3]}"  # today 100 % of each
 
 
 REVERSED = {
@@ -400,12 +409,13 @@ def test_mirrored_exchanges_two_directions_and_the_order_along_them(axis, ways):
     ],
 )
 def test_exchanged_channels_exchange_colours(channels, exchanged):
-    """Colours and motions only: the new colours are not quite the palette's, so masks differ."""
-    wrong, batch = [], clips()
-    for i, (clip, text) in enumerate(zip(batch.video[:, channels], batch.captions, strict=True)):
-        expected = [(exchanged.get(t.colour, t.colour), t.motion) for t in parse(text)]
-        found = [(t.colour, t.motion) for t in read(clip)]
-        wrong += [(i, found, expected)] * (found != expected)
+    """The new colours are not quite the palette's, but nearer to it than to any other."""
+    batch = clips()
+    expected = [
+        caption([t._replace(colour=exchanged.get(t.colour, t.colour)) for t in parse(text)])
+        for text in batch.captions
+    ]
+    wrong = misread(read_all(batch.video[:, channels]), expected)
     assert not wrong, f"{len(wrong)} of 300 misread: {wrong[:3]}"
 
 
@@ -454,16 +464,22 @@ def test_a_plain_video_holds_nothing(value):
     assert read(torch.full((3, 16, 32, 32), value, dtype=torch.uint8)) == ()
 
 
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_frame_full_of_a_colour_is_background(colour):
+    frame = torch.tensor(COLOURS[colour], dtype=torch.uint8)
+    assert read(frame.view(3, 1, 1, 1).expand(3, 16, 32, 32)) == ()
+
+
 @settings(max_examples=30)
 @given(
     st.integers(0, 2**32),
     st.sampled_from([(16, 32, 32), (2, 8, 40), (24, 48, 64), (16, 33, 31)]),
 )
-def test_noise_has_no_shape_and_does_not_move(seed, size):
+def test_noise_has_no_shape(seed, size):
     """A patch of one colour by chance may be a thing, but one that no caption tells."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
-    assert {(thing.shape, thing.motion) for thing in read(noise)} <= {(UNCLEAR, "stays still")}
+    assert {thing.shape for thing in read(noise)} <= {UNCLEAR}
 
 
 @settings(max_examples=30)
@@ -475,6 +491,19 @@ def test_any_part_of_a_video_can_be_read(i, frames, height, width):
         assert thing.colour in COLOURS
         assert thing.shape in (*SHAPES, UNCLEAR) and thing.motion in (*MOTIONS, UNCLEAR)
         assert (thing.shape, thing.motion) != (UNCLEAR, UNCLEAR)
+
+
+@pytest.mark.xfail(reason="read_shape draws templates of radius zero")
+@pytest.mark.parametrize("missing", [0, 3])
+def test_an_object_may_be_missing_from_a_frame(missing):
+    """As in a few frames of a generated video, or where it comes in late."""
+    batch = clips()
+    video = batch.semantic_video[:100].clone()
+    video[:, :, missing] = 110
+    found = [[(t.colour, t.shape) for t in read(clip)] for clip in video]
+    told = [[(t.colour, t.shape) for t in parse(text)] for text in batch.captions[:100]]
+    wrong = misread(found, told)
+    assert len(wrong) <= 5, f"{len(wrong)} of 100 misread: {wrong[:3]}"
 
 
 def test_one_frame_does_not_move():

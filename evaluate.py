@@ -2,8 +2,8 @@
 
     python evaluate.py --run runs/tiny                # text -> plan -> video
     python evaluate.py --run runs/tiny --plans        # also with other plans than stage 1's
-    python evaluate.py --run runs/tiny --base         # also the base model
-    python evaluate.py --run runs/tiny --sweep        # each model at several guidance scales
+    python evaluate.py --run runs/tiny --base         # the base model instead
+    python evaluate.py --run runs/tiny --sweep        # at several guidance scales
 
 What a video shows is read from its pixels alone (reader.py). Every score is a mean in percent:
 """
@@ -38,6 +38,9 @@ SCORES = {  # name -> how it is computed
     "smooth": "100 - mean difference of a frame from the mean of its neighbours, likewise",
     "moved": "path of the objects' centres and change of their radius, in percent of the frame",
 }
+PLANS = ("oracle", "shuffled", "zeroed", "dropped")  # other plans than stage 1's
+SCALES = ("guidance", "latent_guidance", "context_guidance", "base_guidance")
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)  # all scales alike in --sweep
 CHUNK = 64  # videos sampled at a time
 
 
@@ -191,55 +194,46 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     parser.add_argument("--steps", type=int, help="Euler steps of each stage")
     parser.add_argument("--plans", action="store_true", help="oracle, shuffled, zeroed plans too")
-    parser.add_argument("--base", action="store_true", help="the base model too")
+    parser.add_argument("--base", action="store_true", help="the base model instead")
     parser.add_argument("--sweep", action="store_true", help="guidance 1, 1.5, 2, 3, 4 as well")
     parser.add_argument("--json", type=Path, help="write the scores there as well")
     args = parser.parse_args()
     if args.prompts < 2:
         raise UserError(f"--prompts {args.prompts}: at least 2, one object and two")
+    if args.base and args.plans:
+        raise UserError("--base --plans: the base model knows no plans; give one of the two")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps}: at least 1")
     run = Run.open(args.run)
-    _ = run.vae, run.encoder, run.painter, run.planner, args.base and run.base  # or say so now
+    _ = run.vae, run.encoder, run.base if args.base else (run.painter, run.planner)  # or say so now
     options = {"steps": args.steps} if args.steps else {}
     test = Evaluation(run, "test", args.prompts, args.seed)
     train = set(World(run.config.data, "train").captions(range(run.config.stages.latent.clips)))
     new = sum(caption not in train for caption in test.captions)
     print(f"{len(test.captions)} prompts, {new} of them not among the training captions")
 
+    held_out = Evaluation(run, "held_out", args.prompts, args.seed)
+    make, name = Evaluation.from_text, "text -> plan -> video"
+    if args.base:
+        make, name = Evaluation.from_base, "base: text -> video"
     ways = {
         "real clips": lambda rows: test.real[rows],
         "VAE reconstructions": test.reconstructions,
-        "text -> plan -> video": lambda rows: test.from_text(rows, **options),
+        name: lambda rows: make(test, rows, **options),
     }
-    held_out = Evaluation(run, "held_out", args.prompts, args.seed)
-    if args.plans:
-        for plans in ("oracle", "shuffled", "zeroed", "dropped"):
-            for text in (True, False):
-                ways[f"{plans} plan, {'with' if text else 'no'} text"] = (
-                    lambda rows, plans=plans, text=text: test.from_plans(
-                        rows, plans, text, **options
-                    )
-                )
-    if args.base:
-        ways["base: text -> video"] = lambda rows: test.from_base(rows, **options)
-    if args.sweep:
-        for g in (1.0, 1.5, 2.0, 3.0, 4.0):
-            every = dict.fromkeys(("guidance", "latent_guidance", "context_guidance"), g)
-            ways[f"guidance {g}"] = lambda rows, e=every: test.from_text(rows, **options, **e)
-            if args.base:
-                ways[f"base, guidance {g}"] = lambda rows, g=g: test.from_base(
-                    rows, **options, base_guidance=g
-                )
-    rows = {name: test.by_chunks(make, name) for name, make in ways.items()}
-    vae_psnr = psnr(test.reconstructions(slice(0, CHUNK)).cpu(), test.real[:CHUNK])
+    for plans in PLANS if args.plans else ():
+        for text, words in ((True, "with text"), (False, "no text")):
+            ways[f"{plans} plan, {words}"] = lambda rows, plans=plans, text=text: test.from_plans(
+                rows, plans, text, **options
+            )
+    for g in GUIDANCE if args.sweep else ():
+        scales = dict.fromkeys(SCALES, g)
+        ways[f"guidance {g}"] = lambda rows, scales=scales: make(test, rows, **options, **scales)
+    rows = {name: test.by_chunks(way, name) for name, way in ways.items()}
     rows["never-shown combinations"] = held_out.by_chunks(
-        lambda r: held_out.from_text(r, **options), "never-shown combinations"
+        lambda rows: make(held_out, rows, **options), "never-shown combinations"
     )
-    if args.base:
-        rows["base, never-shown"] = held_out.by_chunks(
-            lambda r: held_out.from_base(r, **options), "base, never-shown"
-        )
+    vae_psnr = psnr(test.reconstructions(slice(0, CHUNK)).cpu(), test.real[:CHUNK])
     print(table(rows))
     print(f"\nPSNR of the first {len(test.real[:CHUNK])} VAE reconstructions: {vae_psnr:.1f} dB")
     print("\n" + explained)

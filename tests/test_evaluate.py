@@ -379,14 +379,18 @@ def strict(text: str):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_all_rows_on_the_command_line(run, tmp_path, capsys):
+@pytest.mark.parametrize("model", ["--plans", "--base"])
+def test_all_rows_on_the_command_line(run, tmp_path, capsys, model):
     file = tmp_path / "deep" / "scores.json"
-    arguments = ["--prompts", 4, "--steps", 1, "--plans", "--base", "--json", file]
+    arguments = ["--prompts", 4, "--steps", 1, "--json", file, model]
     assert call(evaluate.main, "--run", run.path, *arguments) == 0
     out = capsys.readouterr().out
-    names = ["real clips", "VAE reconstructions", MODELS[0]]
-    names += [f"{p} plan, {t} text" for p in PLANS for t in ("with", "no")]
-    names += ["base: text -> video", MODELS[1], "base, never-shown"]
+    names = ["real clips", "VAE reconstructions"]
+    if model == "--base":
+        names += ["base: text -> video"]
+    else:
+        names += [MODELS[0], *(f"{p} plan, {t} text" for p in PLANS for t in ("with", "no"))]
+    names += ["never-shown combinations"]
     content = strict(file.read_text())
     assert list(content["scores"]) == names
     assert content["prompts"] == 4 and content["seed"] == 0
@@ -421,14 +425,13 @@ def test_the_same_seed_gives_the_same_scores(run, tmp_path):
     assert found[0]["real clips"] == found[2]["real clips"]
 
 
-def test_guidance_scales_side_by_side(run, capsys):
-    arguments = ["--run", run.path, "--prompts", 2, "--steps", 1, "--sweep", "--base"]
+@pytest.mark.parametrize(("model", "name"), [([], MODELS[0]), (["--base"], "base: text -> video")])
+def test_guidance_scales_side_by_side(run, capsys, model, name):
+    arguments = ["--run", run.path, "--prompts", 2, "--steps", 1, "--sweep", *model]
     assert call(evaluate.main, *arguments) == 0
     printed = rows_of(capsys.readouterr().out)
-    for g in (1.0, 1.5, 2.0, 3.0, 4.0):
-        assert f"guidance {g}" in printed and f"base, guidance {g}" in printed
-    default = run.config.sample.guidance
-    assert printed[f"guidance {default}"] == printed[MODELS[0]]
+    assert all(f"guidance {g}" in printed for g in (1.0, 1.5, 2.0, 3.0, 4.0))
+    assert printed[f"guidance {run.config.sample.guidance}"] == printed[name]
 
 
 def test_a_world_of_single_objects_on_the_command_line(tmp_path, capsys):
@@ -458,3 +461,5 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
     half = random_run(tmp_path / "half", stages=["vae", "encoder", "latent", "semantic"])
     assert call(evaluate.main, "--run", half.path, "--prompts", 2, "--steps", 1, "--base") == 2
     one_line(capsys, "base.safetensors", "--stage base")  # before anything is sampled
+    assert call(evaluate.main, "--run", run.path, "--plans", "--base") == 2
+    one_line(capsys, "--base --plans", "no plans")

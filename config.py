@@ -13,12 +13,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model import DiTConfig
-from semantic import CompressorConfig, TinyEncoder, TinyEncoderConfig
+from model import DiT, DiTConfig
+from semantic import Compressor, CompressorConfig, TinyEncoder, TinyEncoderConfig
 from text import HashTextConfig
 from vae import TinyVAE, TinyVAEConfig
 from world import DataConfig
 
+DTYPES = ("auto", "float32", "bfloat16")
+MAY_BE_ZERO = {  # other numbers must be above zero
+    *("latent.context_channels", "latent.context_rate", "semantic.context_channels"),
+    *("semantic.context_rate", "vae.kl_weight", "compressor.kl_weight", "compressor.noise"),
+    *("latent.time_features", "semantic.time_features"),
+}
 STAGES = ("vae", "encoder", "latent", "semantic", "base")  # in the order of training
 
 
@@ -98,6 +104,11 @@ class Config:
 
 def check_fit(config: Config):
     """Raise UserError where the components' sizes do not fit each other."""
+    for name, value in flat_fields(config).items():
+        least = 0 if name in MAY_BE_ZERO else 1e-12
+        number = isinstance(value, int | float) and name != "compressor.log_variance"
+        if number and not least <= value < 1e9:
+            raise UserError(f"{name}={value}: must be above 0")
     data, latent, semantic = config.data, config.latent, config.semantic
     expected = {
         "latent.channels": (latent.channels, config.vae.channels),
@@ -108,21 +119,30 @@ def check_fit(config: Config):
         "semantic.channels": (semantic.channels, config.compressor.channels),
         "semantic.rate": (semantic.rate, data.semantic_fps / 2),
         "semantic.text_dim": (semantic.text_dim, config.text.dim),
+        "semantic.context_channels": (semantic.context_channels, 0),
         "encoder.rate": (config.encoder.rate, data.semantic_fps / 2),
     }
     for name, (value, fits) in expected.items():
         if value != fits:
             raise UserError(f"{name} is {value}, but the other parts need {fits}")
+    if config.dtype not in DTYPES:
+        raise UserError(f"dtype={config.dtype}: choose {', '.join(DTYPES)}")
     try:
-        with torch.device("meta"):  # sizes only
-            vae = TinyVAE(config.vae)
-            encoder = TinyEncoder(config.encoder)
-        height, width = vae.grid(data.frames, data.height, data.width)[1:]
-        encoder.grid(data.semantic_frames, data.semantic_height, data.semantic_width)
-    except ValueError as error:
-        raise UserError(f"data: {error}") from None
-    if height % latent.patch or width % latent.patch:
-        raise UserError(f"latent.patch is {latent.patch}: latents are {height} x {width} positions")
+        with torch.device("meta"):  # sizes only: nothing is computed
+            vae, encoder = TinyVAE(config.vae), TinyEncoder(config.encoder)
+            Compressor(config.encoder.dim, config.compressor)
+            latents = vae.grid(data.frames, data.height, data.width)
+            plan = encoder.grid(data.semantic_frames, data.semantic_height, data.semantic_width)
+            for dit, grid in ((latent, latents), (semantic, plan)):
+                context = torch.empty(1, dit.context_channels, *plan)
+                DiT(dit)(
+                    torch.empty(1, dit.channels, *grid),
+                    torch.empty(1),
+                    torch.empty(1, 1, dit.text_dim),
+                    context if dit.context_channels else None,
+                )
+    except (ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
+        raise UserError(f"sizes do not fit: {str(error).splitlines()[0]}") from None
 
 
 def tiny() -> Config:

@@ -48,8 +48,8 @@ class DiTConfig:
     window: float | None = None  # seconds of a 3D attention window; None = full attention
 
     def __post_init__(self):
-        head = self.width // self.heads
-        if self.width % self.heads or head % 2 or head < 6:
+        head = self.width // max(1, self.heads)
+        if self.heads < 1 or self.width % self.heads or head % 2 or head < 6:
             raise ValueError(
                 f"width {self.width} over {self.heads} heads: each needs an even width, at least 6"
             )
@@ -127,7 +127,8 @@ class Positions(nn.Module):
 
     def forward(self, coords: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """coords (N, 3) -> features (N, D), cos (N, d/2), sin (N, d/2)."""
-        angles = 2 * math.pi * coords @ self.cycles  # (N, d/2)
+        # No matrix product: autocast would round it, and large angles would mean nothing.
+        angles = 2 * math.pi * (coords[:, :, None] * self.cycles).sum(1)  # (N, d/2)
         cos, sin = angles.cos(), angles.sin()
         return self.features(torch.cat([cos, sin], -1)[:, self._columns()]), cos, sin
 

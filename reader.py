@@ -154,6 +154,7 @@ def read_shape(mass: np.ndarray, centres: np.ndarray, areas: np.ndarray) -> str:
     mass: (F, H, W) its coverage. centres: (F, 2), areas: (F,) pixels.
     """
     best = areas.argsort()[-SHAPE_FRAMES:]
+    best = best[areas[best] > 0]
     mass, centres, areas = mass[best], centres[best].astype(np.float32), areas[best]
     y, x = (np.arange(0.5, size, dtype=np.float32) for size in mass.shape[1:])
     overlaps = {}

@@ -42,6 +42,10 @@ class TinyEncoderConfig:
     caption_blocks: int = 2
     caption_words: int = 16  # longer captions are cut
 
+    def __post_init__(self):
+        if self.dim < 4 or self.dim % 4 or self.heads < 1 or self.dim % self.heads:
+            raise ValueError(f"dim {self.dim}: must divide by 4 and by the {self.heads} heads")
+
 
 class TinyEncoder(nn.Module):
     """Three stride-2 convolutions over pairs of frames, then a transformer over all tokens."""

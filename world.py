@@ -154,6 +154,8 @@ def parse(text: str) -> tuple[Thing, ...]:
         if article != "a" or colour not in COLOURS or shape not in SHAPES or motion not in MOTIONS:
             raise ValueError(f"{part!r} is not of the form 'a red circle moves left'")
         things.append(Thing(colour, shape, motion))
+    if len({thing.colour for thing in things}) < len(things) or len(things) > 2:
+        raise ValueError(f"{text!r}: this world shows one or two things, of two colours")
     return tuple(things)
 
 
@@ -173,6 +175,11 @@ class World:
     def __init__(self, config: DataConfig, split: str = "train"):
         if split not in SPLITS:
             raise ValueError(f"split {split!r}: choose {', '.join(SPLITS)}")
+        if config.height * config.semantic_width != config.width * config.semantic_height:
+            raise ValueError(
+                f"the world is drawn in one aspect: {config.height} x {config.width} and "
+                f"{config.semantic_height} x {config.semantic_width} differ"
+            )
         self.config, self.split = config, split
         self.things = [t for t in COMBINATIONS if is_held_out(t) == (split == "held_out")]
 

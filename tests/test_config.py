@@ -226,10 +226,10 @@ def test_parts_that_do_not_fit_are_refused(name, value, fits):
 @pytest.mark.parametrize(
     "setting, named",
     [
-        ("data.frames=18", "data: video of 18 frames"),
-        ("data.height=30", "data: video of 16 frames, 30 x 32"),
-        ("data.semantic_width=30", "data: semantic video of 4 frames, 32 x 30"),
-        ("latent.patch=3", "latent.patch is 3: "),
+        ("data.frames=18", "video of 18 frames"),
+        ("data.height=30", "video of 16 frames, 30 x 32"),
+        ("data.semantic_width=30", "semantic video of 4 frames, 32 x 30"),
+        ("latent.patch=3", "patches of 3"),
         ("latent.heads=3", "width 128 over 3 heads"),
         ("semantic.width=100", "width 100 over 4 heads"),
     ],
@@ -317,7 +317,6 @@ def test_junk_names_raise_nothing_but_user_errors(junk):
     accepted(junk)
 
 
-@pytest.mark.xfail(reason="zeros, heads that do not divide: not yet checked")
 @settings(max_examples=100)
 @given(st.lists(settings_of_a_field | settings_of_a_part, min_size=1, max_size=2))
 def test_junk_values_raise_nothing_but_user_errors(junk):
@@ -328,23 +327,11 @@ def test_junk_values_raise_nothing_but_user_errors(junk):
 
 
 PARTS = ("data", "vae", "text", "encoder", "compressor", "latent", "semantic")
-UNCHECKED = {
-    *("vae.width", "vae.time_patch", "vae.space_patch", "encoder.dim", "encoder.heads"),
-    *("compressor.hidden", "latent.patch", "latent.heads", "latent.ffn", "latent.space_cycles"),
-    *("latent.window", "semantic.context_channels", "semantic.patch", "semantic.heads"),
-    *("semantic.ffn", "semantic.space_cycles", "semantic.window"),
-}
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name, marks=[pytest.mark.xfail(reason="not yet checked")] * (name in UNCHECKED)
-        )
-        for name in FIELDS
-        if name.startswith(PARTS)
-    ],
+    [name for name in FIELDS if name.startswith(PARTS)],
 )
 def test_a_field_of_a_part_takes_what_can_be_run_and_refuses_the_rest(name):
     for value in (0, -1, 3, 1e300, "nan", "inf", "x", ""):
@@ -360,7 +347,7 @@ def test_a_field_of_a_part_takes_what_can_be_run_and_refuses_the_rest(name):
         "data.objects=3",
         "stages.latent.optimizer=sgd",
         "stages.base.time=normal",
-        pytest.param("dtype=float8", marks=pytest.mark.xfail(reason="not yet checked")),
+        "dtype=float8",
     ],
 )
 def test_a_choice_that_is_none_is_refused_before_anything_is_trained(setting):

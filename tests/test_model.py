@@ -460,7 +460,6 @@ def test_nothing_about_positions_is_stored():
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.xfail(strict=True, reason="autocast rounds coords @ cycles to bfloat16")
 def test_angles_are_exact_under_autocast():
     """A minute is hundreds of radians: with the 8 bits of bfloat16 they would mean nothing."""
     positions, coords = Positions(PAINTER), grid_coords(120, 1, 1, PAINTER.rate)

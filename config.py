@@ -106,8 +106,8 @@ def check_fit(config: Config):
     """Raise UserError where the components' sizes do not fit each other."""
     for name, value in flat_fields(config).items():
         least = 0 if name in MAY_BE_ZERO else 1e-12
-        number = isinstance(value, int | float) and name != "compressor.log_variance"
-        if number and not least <= value < 1e9:
+        number = isinstance(value, int | float) and name.split(".")[0] not in ("stages", "sample")
+        if number and name != "compressor.log_variance" and not least <= value < 1e9:
             raise UserError(f"{name}={value}: must be above 0")
     data, latent, semantic = config.data, config.latent, config.semantic
     expected = {

@@ -185,7 +185,7 @@ def test_noise_leaves_the_global_random_numbers_alone():
 def test_seeds_of_prompts_are_the_same_on_every_machine():
     seeds = {prompt_seed(seed, prompt) for seed in (0, 1, 10) for prompt in (PROMPT, OTHER, "")}
     assert len(seeds) == 9 and all(0 <= seed < 2**40 for seed in seeds)
-    assert prompt_seed(0, PROMPT) == 383506844743  # written down once
+    assert prompt_seed(0, PROMPT) == 1254755399  # written down once
     assert prompt_seed(1, "0 x") != prompt_seed(10, " x")
 
 

@@ -195,16 +195,18 @@ def write_video(path: Path, video: Tensor, fps: float):
     write_file(path, buffer.getvalue())
 
 
-def write_samples(out: Path, videos: Tensor, labels: Sequence[str], fps: float):
+def write_samples(out: Path, videos: Tensor, labels: Sequence[str], fps: float, given: int = 0):
     """Write one animation for each video and a contact sheet of all beside them; print their names.
 
-    videos: (B, 3, F, H, W) uint8. With .png there is only the sheet.
+    videos: (B, 3, F, H, W) uint8; the first `given` are references, on the sheet alone. With .png
+    there is only the sheet.
     """
     sheet = BytesIO()
     contact_sheet(videos.cpu(), list(labels)).save(sheet, "png")
+    made = videos[given:]
     if out.suffix != ".png":
-        for i, video in enumerate(videos):
-            name = out if len(videos) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
+        for i, video in enumerate(made):
+            name = out if len(made) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
             write_video(name, video, fps)
             print(name)
     write_file(out.with_suffix(".png"), sheet.getvalue())
@@ -290,7 +292,7 @@ def main():
         videos.insert(0, real)
         labels = [f"reference: {args.reference.name}"]
         labels += [f"painted from its plan{', ' + p if p else ''}" for p in prompts]
-    write_samples(args.out, torch.cat(videos), labels, data.fps)
+    write_samples(args.out, torch.cat(videos), labels, data.fps, given=bool(args.reference))
 
 
 if __name__ == "__main__":

@@ -448,17 +448,26 @@ def test_the_base_model_needs_no_planner(tmp_path):
 
 
 @pytest.mark.parametrize("prompts", [[], [PROMPT], [PROMPT, OTHER]])
-def test_a_reference_video_stands_in_for_stage_one(tmp_path, prompts):
-    """Its plan is painted once for each prompt, without stage 1's weights (SemanticGen Fig. 4)."""
+def test_a_reference_video_stands_in_for_stage_one(tmp_path, prompts, monkeypatch):
+    """Its plan is painted once for each prompt, without stage 1's weights (SemanticGen Fig. 4).
+
+    The sheet shows it above them; the animations are the painted ones.
+    """
+    shown, draw = [], sample.contact_sheet
+    monkeypatch.setattr(sample, "contact_sheet", lambda *x: shown.append(x) or draw(*x))
     run = random_run(tmp_path / "run", stages=["vae", "encoder", "latent"])
     clip = World(run.config.data, "test").batch([0])
     reference, out = tmp_path / "clip.webp", tmp_path / "x.webp"
     write_video(reference, clip.video[0], run.config.data.fps)
     arguments = [*prompts, "--reference", reference, "--run", run.path, "--out", out]
     assert call(sample.main, *arguments) == 0
-    count = max(1, len(prompts)) + 1
-    first, *painted = (read_video(tmp_path / f"x-{i + 1}.webp") for i in range(count))
-    assert (first.float() - enlarge(clip.video[0]).float()).abs().mean() < 2  # made small again
+    several = len(prompts) > 1
+    files = [tmp_path / f"x-{i + 1}.webp" for i in range(len(prompts))] if several else [out]
+    painted = [read_video(file) for file in files]
+    assert sorted(tmp_path.glob("x*.webp")) == sorted(files) and (tmp_path / "x.png").exists()
+    ((sheet, labels),) = shown
+    assert len(sheet) == len(labels) == len(files) + 1
+    assert (sheet[0].float() - clip.video[0].float()).abs().mean() < 2  # made small again
     plan = reference_plans(run, reference_clip(reference, run.config.data).semantic_video)
     for prompt, video in zip(prompts or [""], painted, strict=True):
         expected = paint(run, [prompt], [prompt_seed(0, prompt)], plan)[0]

@@ -317,7 +317,7 @@ def test_junk_names_raise_nothing_but_user_errors(junk):
     accepted(junk)
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(st.lists(settings_of_a_field | settings_of_a_part, min_size=1, max_size=2))
 def test_junk_values_raise_nothing_but_user_errors(junk):
     config = accepted(junk)

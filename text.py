@@ -35,7 +35,9 @@ class HashTextConfig:
 
 def piece_seed(piece: str) -> int:
     """Return a seed, 0 to 2^64, that is a function of the string alone, on every machine."""
-    return int.from_bytes(hashlib.sha256(piece.encode()).digest()[:8], "little")
+    return int.from_bytes(
+        hashlib.sha256(piece.encode(errors="surrogatepass")).digest()[:8], "little"
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -419,7 +419,10 @@ def main():
     if args.fresh:
         for stage in stages:
             run.forget(stage)
-    dataset = Folder(args.data, config.data) if args.data else World(config.data, "train")
+    try:
+        dataset = Folder(args.data, config.data) if args.data else World(config.data, "train")
+    except ValueError as error:
+        raise UserError(str(error)) from None
     train(run, stages, dataset, args.seed)
 
 

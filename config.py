@@ -268,8 +268,6 @@ def override(config: Config, settings: list[str]) -> Config:
         if not equals:
             raise UserError(f"--set {setting}: expected field=value")
         matches = [f for f in values if f == name or f.endswith("." + name)]
-        if name in values:
-            matches = [name]
         if len(matches) != 1:
             near = matches or difflib.get_close_matches(name, values, 4, 0.4)
             near = near or [f for f in values if name.split(".")[-1] in f][:4]

@@ -48,14 +48,14 @@ def piece_vector(piece: str, dim: int) -> np.ndarray:
 
 
 def word_vector(word: str, dim: int) -> np.ndarray:
-    """Return the mean of a word's own vector and those of its letter triples, unit variance.
+    """Return the sum of a word's own vector and those of its letter triples, at unit variance.
 
     The triples make words of one stem ("circle", "circles") neighbours, as in fastText.
     """
     marked = f"<{word}>"
     triples = [marked[i : i + 3] for i in range(len(marked) - 2)]
-    parts = [piece_vector(piece, dim) for piece in (word, *triples)]
-    return np.sum(parts, axis=0) / np.sqrt(len(parts))
+    pieces = dict.fromkeys([word, *triples])  # each once: "red" is a triple of itself
+    return np.sum([piece_vector(piece, dim) for piece in pieces], axis=0) / np.sqrt(len(pieces))
 
 
 class HashText:

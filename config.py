@@ -172,7 +172,7 @@ def tiny() -> Config:
             encoder=StageConfig(steps=1600, batch=64),
             latent=StageConfig(steps=1800, batch=32),
             semantic=StageConfig(steps=1200, batch=64),
-            base=StageConfig(steps=5700, batch=32),
+            base=StageConfig(steps=5000, batch=32),
         ),
         sample=SampleConfig(),
     )

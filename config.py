@@ -2,21 +2,31 @@
 
 Each component's dataclass stands beside the component; here they are put together, checked against
 each other, and turned into text and back. No file is touched and no weights are built.
+
+    python config.py --preset paper --seconds 5 60      # shapes and numbers of tokens
 """
 
+import argparse
 import dataclasses
 import difflib
-import types
+import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from files import UserError, command
 from model import DiT, DiTConfig
-from semantic import Compressor, CompressorConfig, TinyEncoder, TinyEncoderConfig
-from text import HashTextConfig
-from vae import TinyVAE, TinyVAEConfig
+from semantic import (
+    Compressor,
+    CompressorConfig,
+    PretrainedEncoderConfig,
+    TinyEncoder,
+    TinyEncoderConfig,
+)
+from text import HashTextConfig, UMT5Config
+from vae import TinyVAE, TinyVAEConfig, WanVAEConfig
 from world import DataConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -26,10 +36,6 @@ MAY_BE_ZERO = {  # other numbers must be above zero
     *("latent.time_features", "semantic.time_features"),
 }
 STAGES = ("vae", "encoder", "latent", "semantic", "base")  # in the order of training
-
-
-class UserError(ValueError):
-    """Something the user can put right, in one line."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class StageConfig:
     clips: int = 8192  # kept in memory, encoded once (stages on frozen encoders)
     time: str = "logit_normal"  # distribution of t
     shift: float = 1.0  # of t, in training and in sampling alike
+    posterior: bool = False  # latents drawn from the VAE's posterior at each step, else its mean
     text_dropout: float = 0.1  # share of samples without text, for guidance
     context_dropout: float = 0.1  # share of samples without a plan; drawn apart from the text's
 
@@ -88,9 +95,9 @@ class Config:
 
     preset: str
     data: DataConfig
-    vae: TinyVAEConfig
-    text: HashTextConfig
-    encoder: TinyEncoderConfig
+    vae: TinyVAEConfig | WanVAEConfig
+    text: HashTextConfig | UMT5Config
+    encoder: TinyEncoderConfig | PretrainedEncoderConfig
     compressor: CompressorConfig
     latent: DiTConfig  # stage 2, the painter; without its context also the base
     semantic: DiTConfig  # stage 1, the planner
@@ -102,40 +109,54 @@ class Config:
         check_fit(self)
 
 
-def check_fit(config: Config):
-    """Raise UserError where the components' sizes do not fit each other."""
-    for name, value in flat_fields(config).items():
+def check_numbers(values: dict[str, object]):
+    """Raise UserError if a size, a rate or a weight among flat fields is below what it can be."""
+    for name, value in values.items():
         least = 0 if name in MAY_BE_ZERO else 1e-12
         number = isinstance(value, int | float) and name.split(".")[0] not in ("stages", "sample")
         if number and name != "compressor.log_variance" and not least <= value < 1e9:
             raise UserError(f"{name}={value}: must be above 0")
-    data, latent, semantic = config.data, config.latent, config.semantic
-    expected = {
-        "latent.channels": (latent.channels, config.vae.channels),
-        "latent.rate": (latent.rate, data.fps / config.vae.time_patch),
-        "latent.context_channels": (latent.context_channels, config.compressor.channels),
-        "latent.context_rate": (latent.context_rate, data.semantic_fps / 2),
-        "latent.text_dim": (latent.text_dim, config.text.dim),
-        "semantic.channels": (semantic.channels, config.compressor.channels),
-        "semantic.rate": (semantic.rate, data.semantic_fps / 2),
-        "semantic.text_dim": (semantic.text_dim, config.text.dim),
-        "semantic.context_channels": (semantic.context_channels, 0),
-        "encoder.rate": (config.encoder.rate, data.semantic_fps / 2),
+
+
+def joints(values: dict[str, object]) -> dict[str, object]:
+    """Return the fields that join the parts, as the other flat fields make them."""
+    pairs = values["data.semantic_fps"] / 2  # pairs of frames per second
+    fields = {
+        "latent.channels": values["vae.channels"],
+        "latent.rate": values["data.fps"] / values["vae.time_patch"],
+        "latent.context_channels": values["compressor.channels"],
+        "latent.context_rate": pairs,
+        "latent.text_dim": values["text.dim"],
+        "semantic.channels": values["compressor.channels"],
+        "semantic.rate": pairs,
+        "semantic.text_dim": values["text.dim"],
+        "semantic.context_channels": 0,
     }
-    for name, (value, fits) in expected.items():
-        if value != fits:
-            raise UserError(f"{name} is {value}, but the other parts need {fits}")
+    return {**fields, "encoder.rate": pairs} if "encoder.rate" in values else fields
+
+
+def check_fit(config: Config):
+    """Raise UserError where the components' sizes do not fit each other."""
+    values = flat_fields(config)
+    check_numbers(values)
+    for name, fits in joints(values).items():
+        if values[name] != fits:
+            raise UserError(f"{name} is {values[name]}, but the other parts need {fits}")
+    data = config.data
     if config.dtype not in DTYPES:
         raise UserError(f"dtype={config.dtype}: choose {', '.join(DTYPES)}")
     try:
+        latents = config.vae.grid(data.frames, data.height, data.width)
+        plan = config.encoder.grid(data.semantic_frames, data.semantic_height, data.semantic_width)
         with torch.device("meta"):  # sizes only: nothing is computed
-            vae, encoder = TinyVAE(config.vae), TinyEncoder(config.encoder)
+            if isinstance(config.vae, TinyVAEConfig):
+                TinyVAE(config.vae)
+            if isinstance(config.encoder, TinyEncoderConfig):
+                TinyEncoder(config.encoder)
             Compressor(config.encoder.dim, config.compressor)
-            latents = vae.grid(data.frames, data.height, data.width)
-            plan = encoder.grid(data.semantic_frames, data.semantic_height, data.semantic_width)
-            for dit, grid in ((latent, latents), (semantic, plan)):
+            for dit, grid in ((config.latent, latents), (config.semantic, plan)):
                 context = torch.empty(1, dit.context_channels, *plan)
-                DiT(dit)(
+                DiT(replace(dit, depth=min(dit.depth, 1)))(  # all blocks are of one size
                     torch.empty(1, dit.channels, *grid),
                     torch.empty(1),
                     torch.empty(1, 1, dit.text_dim),
@@ -181,18 +202,22 @@ def tiny() -> Config:
 def small() -> Config:
     """The same world at 64 x 64 pixels and four seconds, for one GPU."""
     config = tiny()
-    data = replace(
-        config.data, frames=48, fps=12.0, height=64, width=64, semantic_height=64, semantic_width=64
-    )
-    rate = data.fps / config.vae.time_patch
     wide = dict(width=384, depth=8, heads=6, space_cycles=4.0)
-    return replace(
+    return override(
         config,
         preset="small",
-        data=data,
+        data=replace(
+            config.data,
+            frames=48,
+            fps=12.0,
+            height=64,
+            width=64,
+            semantic_height=64,
+            semantic_width=64,
+        ),
         vae=replace(config.vae, width=192),
         encoder=replace(config.encoder, dim=256, blocks=6),
-        latent=replace(config.latent, rate=rate, **wide),
+        latent=replace(config.latent, **wide),
         semantic=replace(config.semantic, **wide),
         stages=StageConfigs(
             vae=StageConfig(steps=4000, batch=32, lr=1e-3),
@@ -204,7 +229,55 @@ def small() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny, "small": small}
+def paper() -> Config:
+    """Real videos, 480p and 24 fps, 5 seconds; Qwen2.5-VL's tower, Wan's VAE, umT5 (Sec. 3, 4).
+
+    The paper's are the parts, both rates, 8 channels and the steps (of Table 3); the DiTs have the
+    width, depth and heads of Wan2.1-1.3B, and the rest is our choice. Never trained here.
+    """
+    config = tiny()
+    # Frames whose sides the VAE and the tower can divide: multiples of 16 and of 28.
+    data = DataConfig(
+        frames=121,
+        fps=24.0,
+        height=480,
+        width=832,
+        semantic_fps=1.6,
+        semantic_height=476,
+        semantic_width=840,
+    )
+    wan = dict(width=1536, depth=30, heads=12, ffn=6, time_features=False)
+    usual = StageConfig(
+        steps=10000, batch=8, lr=1e-4, optimizer="adamw", warmup=1000, final_lr=0.1, ema=0.9999
+    )
+    return override(
+        config,
+        preset="paper",
+        data=data,
+        vae=WanVAEConfig(),
+        text=UMT5Config(),
+        encoder=PretrainedEncoderConfig(),
+        latent=replace(config.latent, space_cycles=15.0, **wan),
+        semantic=replace(config.semantic, space_cycles=8.5, **wan),
+        stages=StageConfigs(
+            vae=usual,  # of no use while the VAE and the encoder are released ones
+            encoder=usual,
+            latent=replace(usual, shift=3.0),
+            semantic=replace(usual, steps=50000),
+            base=replace(usual, shift=3.0),
+        ),
+        sample=replace(config.sample, steps=50),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny, "small": small, "paper": paper}
+
+
+def preset(name: str) -> Config:
+    """Return a preset by name; UserError if there is none."""
+    if name not in PRESETS:
+        raise UserError(f"--preset {name}: choose {', '.join(PRESETS)}")
+    return PRESETS[name]()
 
 
 # --- configurations as text ---------------------------------------------------------------------
@@ -224,11 +297,10 @@ def flat_fields(config, prefix: str = "") -> dict[str, object]:
 
 def parse_value(text: str, kind: type, name: str):
     """Read a field's value by its declared type; UserError if the text does not fit."""
-    optional = isinstance(kind, types.UnionType)
-    if optional and text.lower() == "none":
+    kinds = typing.get_args(kind) or (kind,)
+    if type(None) in kinds and text.lower() == "none":
         return None
-    if optional:
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    kind = kinds[0]
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -237,44 +309,117 @@ def parse_value(text: str, kind: type, name: str):
         raise UserError(f"{name}={text}: expected {kind.__name__}") from None
 
 
+def part_type(hint, values: dict, prefix: str) -> type | None:
+    """Return the dataclass that a field holds: of several, the one whose fields are in values."""
+    kinds = [k for k in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(k)]
+    there = {name.removeprefix(prefix) for name in values if name.startswith(prefix)}
+
+    def differences(kind: type) -> int:
+        return len({field.name for field in dataclasses.fields(kind)} ^ there)
+
+    return min(kinds, key=differences, default=None)
+
+
+def build_part(kind: type, name: str, values: dict, prefix: str = ""):
+    """Build one field of a dataclass from flat fields; KeyError if one of its own is not there."""
+    part = part_type(typing.get_type_hints(kind)[name], values, f"{prefix}{name}.")
+    return build(part, values, f"{prefix}{name}.") if part else values[prefix + name]
+
+
 def build(kind: type, values: dict, prefix: str = ""):
-    """Build a dataclass from flat fields; every field must be there, and none besides."""
-    arguments = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            arguments[name] = build(hint, values, f"{prefix}{name}.")
-        else:
-            arguments[name] = values[prefix + name]
-    return kind(**arguments)
+    """Build a dataclass from flat fields; KeyError if one is not there."""
+    fields = dataclasses.fields(kind)
+    return kind(**{field.name: build_part(kind, field.name, values, prefix) for field in fields})
 
 
-def field_types(kind: type, prefix: str = "") -> dict[str, type]:
-    """Return the declared type of every flat field."""
+def field_types(values: dict, kind: type = Config, prefix: str = "") -> dict[str, type]:
+    """Return the declared type of every flat field of the configuration that values are of."""
     found = {}
     for name, hint in typing.get_type_hints(kind).items():
-        nested = dataclasses.is_dataclass(hint)
-        found |= field_types(hint, f"{prefix}{name}.") if nested else {prefix + name: hint}
+        part = part_type(hint, values, f"{prefix}{name}.")
+        found |= field_types(values, part, f"{prefix}{name}.") if part else {prefix + name: hint}
     return found
 
 
-def override(config: Config, settings: list[str]) -> Config:
-    """Apply ["latent.width=192", ...]; an unknown field is a UserError that names the near ones.
+def override(config: Config, settings: Sequence[str] = (), **parts) -> Config:
+    """Return a configuration with other parts (data=..., vae=..., ...) and fields set by name.
 
-    A field's last part alone will do where only one component has it.
+    settings: ["latent.width=192", ...]; a field's last part alone will do where only one component
+    has it, and an unknown one is a UserError that names the near ones. What joins the parts
+    (channels, rates, width of the text) follows them.
     """
-    values, hints = flat_fields(config), field_types(Config)
+    values = flat_fields(config)
+    for name, part in parts.items():
+        values = {field: v for field, v in values.items() if not field.startswith(f"{name}.")}
+        values |= flat_fields(part, f"{name}.") if dataclasses.is_dataclass(part) else {name: part}
+    hints, chosen = field_types(values), {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: expected field=value")
-        matches = [f for f in values if f == name or f.endswith("." + name)]
+        matches = [name] if name in values else [f for f in values if f.endswith("." + name)]
         if len(matches) != 1:
             near = matches or difflib.get_close_matches(name, values, 4, 0.4)
             near = near or [f for f in values if name.split(".")[-1] in f][:4]
             problem = "could be any of" if matches else "no such field; near ones:"
             raise UserError(f"--set {name}: {problem} {', '.join(near) or 'none'}")
-        values[matches[0]] = parse_value(text, hints[matches[0]], matches[0])
+        chosen[matches[0]] = parse_value(text, hints[matches[0]], matches[0])
+    values |= chosen
+    check_numbers(values)
     try:
-        return build(Config, values)
+        return build(Config, {**values, **joints(values), **chosen})
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+# --- sizes --------------------------------------------------------------------------------------
+
+
+def clip_frames(config: Config, seconds: float) -> int:
+    """Return the frames of a video of about that length: whole latents and whole pairs."""
+    data, vae = config.data, config.vae
+    whole = math.lcm(vae.time_patch, max(1, round(2 * data.fps / data.semantic_fps)))
+    frames = round(seconds * data.fps / whole) * whole if math.isfinite(seconds) else 0
+    if frames < whole:
+        raise UserError(f"--seconds {seconds}: the shortest clip here is {whole / data.fps} s")
+    return frames + vae.first
+
+
+def shapes(config: Config, seconds: float) -> dict[str, object]:
+    """Return shapes and numbers of tokens of a video of about that length, by name."""
+    frames, config_data = clip_frames(config, seconds), config.data
+    data = replace(config_data, frames=frames)
+    latents = config.vae.grid(frames, data.height, data.width)
+    low_rate = (data.semantic_frames, data.semantic_height, data.semantic_width)
+    plan = config.encoder.grid(*low_rate)
+    painted, planned = math.prod(latents) // config.latent.patch**2, math.prod(plan)
+    return {
+        "video": (3, frames, data.height, data.width),
+        "low-rate video": (3, *low_rate),
+        "VAE latents": (config.vae.channels, *latents),
+        "semantic features": (config.encoder.dim, *plan),
+        "z_sem": (config.compressor.channels, *plan),
+        "latent tokens": painted,
+        "plan tokens": planned,
+        "latent tokens per plan token": round(painted / planned, 1),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Shapes and numbers of tokens of a preset.")
+    parser.add_argument("--preset", default="paper", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--seconds", type=float, nargs="+", default=[5.0, 60.0])
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
+    args = parser.parse_args()
+    config = override(preset(args.preset), args.settings)
+    columns = [shapes(config, seconds) for seconds in args.seconds]
+    print(f"| {args.preset} | " + " | ".join(f"{seconds:g} s" for seconds in args.seconds) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name in columns[0]:
+        cells = [x[name] for x in columns]
+        cells = [" x ".join(map(str, x)) if isinstance(x, tuple) else f"{x:,}" for x in cells]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -5,16 +5,18 @@ A dataset (`World`, `Folder`) has `config`, `len`, `batch(indices)`, `captions(i
 comes at two rates: `video` for the VAE, and a few frames of the same stretch of time for the
 semantic encoder. Frames are chosen by timestamp: the frame at t is what a player shows at t.
 
-    python data.py preview [--data FOLDER] [--out FILE.png] [--count N] [--size PIXELS]
+    python data.py preview --data FOLDER --out preview.png
+    python data.py precompute FOLDER --out CACHE --qwen WEIGHTS --vae WEIGHTS --text WEIGHTS
 """
 
 import argparse
 import json
-import sys
+import os
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
+from io import BytesIO
 from itertools import chain, count
 from pathlib import Path
 
@@ -24,11 +26,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import Tensor
 
+from files import UserError, command, require, write_file
 from world import Batch, DataConfig, World
-
-
-class DataError(ValueError):
-    """Data the user can put right, in one line."""
 
 
 def semantic_times(config: DataConfig) -> list[float]:
@@ -58,14 +57,10 @@ def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
 
 def frames_by_av(path: Path) -> Iterator[tuple[float, Picture]]:
     """Likewise for what ffmpeg reads."""
-    try:
-        import av
-    except ImportError:
-        need = f'reading {path.suffix or "it"} needs PyAV: pip install "semanticgen[video]"'
-        raise DataError(need) from None
+    av = require("av", "video")
     with av.open(str(path)) as container:
         if not container.streams.video:
-            raise DataError("there is no video in it")
+            raise UserError("there is no video in it")
         stream, first, start, before = container.streams.video[0], None, 0.0, None
         usual = 1 / float(stream.average_rate or 25)  # seconds a frame
         for frame in container.decode(stream):
@@ -97,7 +92,7 @@ def frames_at(path: Path, times: Iterable[float], fps: float) -> Iterator[tuple[
     """Yield the picture on screen at each of the ascending times, in one pass over a video.
 
     After the end the last one is held, and the bool, True until then, is False. fps is for a folder
-    of images, which has no times of its own. DataError if the video cannot be read.
+    of images, which has no times of its own. UserError if the video cannot be read.
     """
     try:
         if path.is_dir():
@@ -115,14 +110,14 @@ def frames_at(path: Path, times: Iterable[float], fps: float) -> Iterator[tuple[
                     if (time := next(times, None)) is None:
                         return
         if picture is None:
-            raise DataError("there are no frames in it")
+            raise UserError("there are no frames in it")
         image = picture()
         for _ in chain([time], times):
             yield image, False
     except Exception as error:  # whatever a decoder makes of a broken file
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         reason = (reason or type(error).__name__) if path.exists() else "no such file"
-        raise DataError(f"{path}: {reason}") from None
+        raise UserError(f"{path}: {reason}") from None
 
 
 def fit(image: Image.Image, height: int, width: int) -> Tensor:
@@ -175,12 +170,12 @@ def reference_clip(path: Path, config: DataConfig) -> Batch:
 def list_videos(folder: Path) -> list[tuple[Path, str]]:
     """Return (file, caption) of a dataset folder; the caption is "" where there is none."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     listing = folder / "captions.jsonl"
     if not listing.exists():
         files = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in VIDEOS)
         if not files:
-            raise DataError(f"{folder}: neither captions.jsonl nor any video is in it")
+            raise UserError(f"{folder}: neither captions.jsonl nor any video is in it")
         texts = [p.with_suffix(".txt") for p in files]
         texts = [p.read_text("utf-8", "replace") if p.is_file() else "" for p in texts]
         return [(file, " ".join(text.split())) for file, text in zip(files, texts, strict=True)]
@@ -193,41 +188,63 @@ def list_videos(folder: Path) -> list[tuple[Path, str]]:
             name, text = Path(entry["video"]), " ".join(entry["caption"].split())
         except (ValueError, TypeError, KeyError, AttributeError):
             form = '{"video": "relative/path.mp4", "caption": "..."}'
-            raise DataError(f"{listing}, line {number}: expected {form}") from None
+            raise UserError(f"{listing}, line {number}: expected {form}") from None
         if name.is_absolute() or ".." in name.parts:
-            raise DataError(f"{listing}, line {number}: {name} must lie in the folder")
+            raise UserError(f"{listing}, line {number}: {name} must lie in the folder")
         entries.append((folder / name, text))
     if not entries:
-        raise DataError(f"{listing}: empty, expected one line for each video")
+        raise UserError(f"{listing}: empty, expected one line for each video")
     return entries
+
+
+def clips_of(
+    file: Path, caption: str, config: DataConfig, skip: Callable[[str], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the clips of a captioned video (`cut`) as far as it can be read; else skip(reason)."""
+    found = 0
+    try:
+        if not caption:
+            raise UserError("no caption, or an empty one")
+        for clip in cut(file, config):
+            yield clip
+            found += 1
+    except UserError as error:
+        kept = f" (its first {found} clips are kept)" if found else ""
+        skip(str(error).removeprefix(f"{file}: ") + kept)
 
 
 class Folder:
     """Clips of real videos: consecutive pieces of config.seconds, at least one of each video.
 
     The folder holds captions.jsonl with lines {"video": "relative/path.mp4", "caption": "..."}, or
-    NAME.txt beside each video. What cannot be read is named, counted and `skipped`.
+    NAME.txt beside each video. The videos are read when the first clip is asked for. What cannot be
+    read is named, counted and `skipped`; UserError if nothing can.
     """
 
     MEMORY = 2 * 1024**3  # bytes of clips that are kept; other videos are decoded when asked for
 
     def __init__(self, path: Path, config: DataConfig, warn: Callable[[str], None] = print):
-        self.config, self.skipped = config, []  # (file, reason)
-        self._kept: dict[Path, list[tuple[Tensor, Tensor]]] = {}
-        self._clips: list[tuple[Path, int, str]] = []  # file, which of its clips, caption
-        videos = list_videos(Path(path))
-        for file, text in videos:
-            try:
-                if not text:
-                    raise DataError(f"{file}: no caption, or an empty one")
-                self._clips += [(file, k, text) for k in range(len(self._load(file)))]
-            except DataError as error:
-                self.skipped.append((file, str(error).removeprefix(f"{file}: ")))
-                warn(f"skipped {error}")
+        self.path, self.config, self.warn = Path(path), config, warn
+        self.videos = list_videos(self.path)
+        self.skipped: list[tuple[Path, str]] = []  # file, reason
+        self._kept: dict[tuple[Path, str], list[tuple[Tensor, Tensor]]] = {}
+
+    @cached_property
+    def _clips(self) -> list[tuple[Path, int, str]]:
+        """The file of each clip, which of its clips it is, and the caption."""
+        clips = []
+        for file, text in self.videos:
+
+            def skip(reason: str, file=file):
+                self.skipped.append((file, reason))
+                self.warn(f"skipped {file}: {reason}")
+
+            clips += [(file, k, text) for k in range(len(self._load(file, text, skip)))]
         if self.skipped:
-            warn(f"{path}: skipped {len(self.skipped)} of {len(videos)} videos")
-        if not self._clips:
-            raise DataError(f"{path}: no video can be used; the first: {self.skipped[0][1]}")
+            self.warn(f"{self.path}: skipped {len(self.skipped)} of {len(self.videos)} videos")
+        if not clips:
+            raise UserError(f"{self.path}: no video can be used; the first: {self.skipped[0][1]}")
+        return clips
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -244,18 +261,21 @@ class Folder:
         return [self._clips[i][2] for i in indices]
 
     def _clip(self, index: int) -> tuple[Tensor, Tensor]:
-        file, k, _ = self._clips[index]
-        return self._load(file)[k]
+        file, k, text = self._clips[index]
+        return self._load(file, text, lambda reason: None)[k]
 
-    def _load(self, file: Path) -> list[tuple[Tensor, Tensor]]:
+    def _load(
+        self, file: Path, caption: str, skip: Callable[[str], None]
+    ) -> list[tuple[Tensor, Tensor]]:
         """Return all clips of a video at both rates, decoded once if memory allows."""
-        if file not in self._kept:
-            clips = list(cut(file, self.config))
+        if (file, caption) not in self._kept:
+            clips = list(clips_of(file, caption, self.config, skip))
             kept = sum(len(x) for x in self._kept.values()) + len(clips)
-            if self._kept and kept * (clips[0][0].numel() + clips[0][1].numel()) > self.MEMORY:
+            bytes_each = sum(x.numel() for x in clips[0]) if clips else 0
+            if self._kept and kept * bytes_each > self.MEMORY:
                 self._kept.popitem()  # the last one came last
-            self._kept[file] = clips
-        return self._kept[file]
+            self._kept[file, caption] = clips
+        return self._kept[file, caption]
 
 
 # --- looking at clips ---------------------------------------------------------------------------
@@ -285,31 +305,63 @@ def contact_sheet(videos: Tensor, labels: Sequence[str], path: Path | None = Non
             sheet.paste(picture, (gap + column * (W + gap), y))
         y += H + 2 * gap
     if path is not None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        sheet.save(temporary, "png")
-        temporary.replace(path)
+        buffer = BytesIO()
+        sheet.save(buffer, "png")
+        write_file(path, buffer.getvalue())
     return sheet
 
 
+def preview(args: argparse.Namespace):
+    """Draw a sheet of the first clips of a folder, or of the synthetic world."""
+    if args.count < 1 or args.size < 1:
+        raise UserError("--count and --size must be at least 1")
+    config = DataConfig(height=args.size, width=args.size)
+    dataset = Folder(args.data, config) if args.data else World(config, "train")
+    clips = dataset.batch(range(min(args.count, len(dataset))))
+    contact_sheet(clips.video, clips.captions, args.out)
+    print(f"{args.out}: {len(clips.captions)} of {len(dataset)} clips")
+
+
+def precompute(args: argparse.Namespace):
+    """Encode a folder of videos into a cache; under torchrun, each process takes its share."""
+    import cache  # these know this file, and this command alone needs them
+    from config import override, preset
+    from run import Run, check_weights_named, parts_from_flags
+
+    base = Run.open(args.run).config if args.run else preset(args.preset)
+    config = override(base, args.settings, **parts_from_flags(args))
+    check_weights_named(config)
+    run = Run(args.run or args.out, config)
+    if not args.run and not (run.released("vae") and run.released("encoder")):
+        raise UserError(f"preset {args.preset} trains parts of its own: name a run that has them")
+    if run.device.type == "cuda":
+        run.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    rank, processes = (int(os.environ.get(x, d)) for x, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    cache.precompute(args.folder, args.out, run, args.dtype, rank, processes)
+
+
 def main():
+    from run import add_part_flags
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["preview"], help="draw a sheet of clips with captions")
-    parser.add_argument("--data", type=Path, help="folder of videos; without: the synthetic world")
-    parser.add_argument("--out", type=Path, default=Path("preview.png"))
-    parser.add_argument("--count", type=int, default=8, help="clips")
-    parser.add_argument("--size", type=int, default=32, help="height and width of a clip, pixels")
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("preview", help="draw a sheet of clips with captions")
+    one.add_argument("--data", type=Path, help="folder of videos; without: the synthetic world")
+    one.add_argument("--out", type=Path, default=Path("preview.png"))
+    one.add_argument("--count", type=int, default=8, help="clips")
+    one.add_argument("--size", type=int, default=32, help="height and width of a clip, pixels")
+    one.set_defaults(run_command=preview)
+    two = commands.add_parser("precompute", help="encode a folder of videos into a feature cache")
+    two.add_argument("folder", type=Path, help="folder of videos with captions")
+    two.add_argument("--out", type=Path, required=True, help="folder of the cache")
+    two.add_argument("--run", type=Path, help="a run, whose parts and sizes are taken")
+    two.add_argument("--preset", default="paper", help="where no run is named")
+    two.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="stored")
+    two.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
+    add_part_flags(two)
+    two.set_defaults(run_command=precompute)
     args = parser.parse_args()
-    try:
-        if args.count < 1 or args.size < 1:
-            raise DataError("--count and --size must be at least 1")
-        config = DataConfig(height=args.size, width=args.size)
-        dataset = Folder(args.data, config) if args.data else World(config, "train")
-        clips = dataset.batch(range(min(args.count, len(dataset))))
-        contact_sheet(clips.video, clips.captions, args.out)
-        print(f"{args.out}: {len(clips.captions)} of {len(dataset)} clips")
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(lambda: args.run_command(args))
 
 
 if __name__ == "__main__":

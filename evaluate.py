@@ -19,9 +19,9 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 from tqdm import tqdm
 
-from config import UserError
+from files import UserError, command, write_file
 from reader import read, tracks
-from run import ASSETS, Run, command, computing, write_file
+from run import ASSETS, Run, computing
 from sample import generate, paint, reference_plans
 from world import Thing, World, to_float, to_uint8
 

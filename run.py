@@ -5,8 +5,10 @@
               STAGE.state            what training needs to go on: weights, EMA, optimizers, step
               metrics.jsonl loss.png samples/
 
-This is the one place that knows the files of a run and which part needs which. Weights are
-safetensors and states are read with `weights_only`: loading never runs what a file contains.
+This is the one place that knows the files of a run and which part needs which. A part is trained
+here (its weights are the run's) or released (its weights stay where they are; the run keeps their
+place and digest). Weights are safetensors and states are read with `weights_only`: loading never
+runs what a file contains.
 
     python run.py export runs/tiny assets/tiny      # weights alone, in half precision
 """
@@ -16,13 +18,11 @@ import contextlib
 import io
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -34,12 +34,19 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from config import STAGES, Config, UserError, build, field_types, flat_fields
-from data import DataError
+from config import STAGES, Config, build, field_types, flat_fields
+from files import UserError, command, digest, write_file
 from model import DiT
-from semantic import Compressor, TinyEncoder
-from text import HashText
-from vae import TinyVAE
+from semantic import (
+    ENCODERS,
+    Compressor,
+    PretrainedEncoderConfig,
+    SemanticEncoder,
+    TinyEncoder,
+    describe_encoder,
+)
+from text import UMT5, HashText, TextEncoder, UMT5Config, describe_text
+from vae import TinyVAE, VideoVAE, WanVAE, WanVAEConfig, describe_vae
 
 FORMAT = 1  # of the run folder; raised when older folders can no longer be read
 NEEDS = {  # the stages whose weights a stage is trained on, in the order of training
@@ -48,6 +55,16 @@ NEEDS = {  # the stages whose weights a stage is trained on, in the order of tra
     "latent": ("vae", "encoder"),
     "semantic": ("vae", "encoder", "latent"),
     "base": ("vae",),
+}
+RELEASED = (PretrainedEncoderConfig, WanVAEConfig, UMT5Config)  # not trained here
+FLAGS = {  # part -> (flags that name its weights, how to describe them, what fits)
+    "encoder": (
+        ("--qwen", "--encoder"),
+        describe_encoder,
+        "Qwen/Qwen2.5-VL-3B-Instruct, -7B-Instruct or -72B-Instruct",
+    ),
+    "vae": (("--vae",), describe_vae, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    "text": (("--text",), describe_text, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
 }
 ASSETS = Path(__file__).parent / "assets" / "tiny"  # the shipped tiny weights, themselves a run
 
@@ -86,21 +103,36 @@ def computing(device: torch.device, dtype: str):
         yield
 
 
-# --- files --------------------------------------------------------------------------------------
+# --- released parts -----------------------------------------------------------------------------
 
 
-def write_file(path: Path, data: bytes):
-    """Write a file whole or not at all: to a temporary name in the same folder, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def add_part_flags(parser: argparse.ArgumentParser):
+    """Add the flags that name released weights."""
+    for part, (flags, _, fits) in FLAGS.items():
+        parser.add_argument(
+            *flags, dest=part, metavar="PATH_OR_ID", help=f"released weights, such as {fits}"
+        )
+
+
+def parts_from_flags(args: argparse.Namespace) -> dict[str, object]:
+    """Return {part: configuration} of the parts whose weights the flags name."""
+    named = {part: getattr(args, part) for part in FLAGS if getattr(args, part)}
+    return {part: FLAGS[part][1](weights) for part, weights in named.items()}
+
+
+def check_weights_named(config: Config):
+    """Raise UserError, naming flags and what fits them, where released weights are not named."""
+    missing = []
+    for part, (flags, _, fits) in FLAGS.items():
+        chosen = getattr(config, part)
+        if isinstance(chosen, RELEASED) and not chosen.weights:
+            missing.append(f"{flags[0]} PATH_OR_ID ({fits})")
+    if missing:
+        names = ", ".join(missing)
+        raise UserError(f"preset {config.preset} needs weights: {names}; --tiny needs none")
+
+
+# --- the folder ---------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:
@@ -137,10 +169,11 @@ class Run:
             new = config if config.dtype != "auto" else replace(config, dtype=run.config.dtype)
             old, new = flat_fields(run.config), flat_fields(new)
             changed = [
-                f"{name} {old[name]} -> {new[name]}"
-                for name in old
-                if old[name] != new[name]
-                and not (name.startswith("sample.") or name.endswith(".steps"))  # free to change
+                f"{name} {old.get(name)} -> {new.get(name)}"
+                for name in {**old, **new}
+                if old.get(name) != new.get(name)
+                and not name.startswith("sample.")  # free to change, as are these:
+                and not name.endswith((".steps", ".weights", ".chunk"))
             ]
             if changed:
                 raise UserError(
@@ -164,7 +197,8 @@ class Run:
             content = json.loads(file.read_text())
             if content["format"] != FORMAT:
                 raise UserError(f"{file}: format {content['format']}, this version reads {FORMAT}")
-            values, known = content["config"], field_types(Config)
+            values = content["config"]
+            known = field_types(values)
             if values.keys() != known.keys():
                 odd = sorted(values.keys() ^ known.keys())
                 raise UserError(f"{file}: made by another version; fields that differ: {odd[:4]}")
@@ -193,6 +227,14 @@ class Run:
         if stage == "semantic":
             return nn.ModuleDict({"dit": DiT(config.semantic)})
         return nn.ModuleDict({"dit": DiT(replace(config.latent, context_channels=0))})
+
+    def released(self, part: str) -> bool:
+        """Return whether a part ("vae", "encoder", "text") comes with released weights."""
+        return isinstance(getattr(self.config, part, None), RELEASED)
+
+    def needs(self, stage: str) -> list[str]:
+        """Return the stages to train before a stage."""
+        return [need for need in NEEDS[stage] if not self.released(need)]
 
     def weights_file(self, stage: str) -> Path:
         return self.path / f"{stage}.safetensors"
@@ -232,16 +274,39 @@ class Run:
             raise UserError(f"{file} does not fit this run's configuration: {reason}") from None
         return modules.to(self.device).eval().requires_grad_(False)
 
+    def point_to(self, parts: dict[str, object]):
+        """Take released weights from other places than the run names; UserError if they differ."""
+        for part, found in parts.items():
+            mine = getattr(self.config, part)
+            if not self.released(part) or mine.digest != found.digest:
+                raise UserError(f"{found.weights}: {self.path} was made with another {part}")
+            self.config = replace(self.config, **{part: replace(mine, weights=found.weights)})
+
+    def _load_released(self, part: str, kind: type[nn.Module]) -> nn.Module:
+        """Return a released part; UserError if its weights are not those of this run."""
+        config = getattr(self.config, part)
+        if not config.weights:
+            raise UserError(f"{self.path} names no weights: give {FLAGS[part][0][0]} PATH_OR_ID")
+        if FLAGS[part][1](config.weights).digest != config.digest:
+            raise UserError(f"{config.weights} has other weights than {self.path} was made with")
+        return kind(config, self.device)
+
     @cached_property
-    def vae(self) -> TinyVAE:
+    def vae(self) -> VideoVAE:
+        if self.released("vae"):
+            return self._load_released("vae", WanVAE)
         return self.load("vae")["vae"]
 
     @cached_property
-    def encoder(self) -> TinyEncoder:
+    def encoder(self) -> SemanticEncoder:
+        if self.released("encoder"):
+            return self._load_released("encoder", ENCODERS[self.config.encoder.kind])
         return self.load("encoder")["encoder"]
 
     @cached_property
-    def text(self) -> HashText:
+    def text(self) -> TextEncoder:
+        if self.released("text"):
+            return self._load_released("text", UMT5)
         return HashText(self.config.text)
 
     @cached_property
@@ -256,6 +321,26 @@ class Run:
     @cached_property
     def base(self) -> DiT:
         return self.load("base")["dit"]
+
+    def unload(self):
+        """Let go of all parts: they are loaded anew when asked for."""
+        for part in ("vae", "encoder", "text", "painter", "planner", "base"):
+            vars(self).pop(part, None)
+
+    def identity(self) -> dict[str, object]:
+        """Return all that decides how a clip is encoded: fields of data and parts, and digests."""
+        found = {}
+        for name, value in flat_fields(self.config).items():
+            part, field = name.split(".")[0], name.split(".")[-1]
+            if part in ("data", *FLAGS) and field not in ("weights", "chunk", "objects"):
+                found[name] = value
+        for stage in ("vae", "encoder"):
+            if not self.released(stage):
+                trained = self.has(stage)
+                found[f"{stage}.digest"] = (
+                    digest([self.weights_file(stage)]) if trained else "not trained yet"
+                )
+        return found
 
     def save_state(self, stage: str, state: dict):
         """Write a training state; the old one stays until the new one is complete."""
@@ -346,15 +431,6 @@ def export(source: Path, target: Path):
         Run(target, run.config).save(stage, tensors, note)
     write_file(Path(target) / "config.json", (run.path / "config.json").read_bytes())
     print(f"{', '.join(found)} -> {target}")
-
-
-def command(main: Callable[[], None]):
-    """Run a command line's main: a UserError becomes one line and exit code 2."""
-    try:
-        main()
-    except (UserError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def main():

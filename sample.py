@@ -11,7 +11,6 @@ Every sample has its own noise, fixed by seed and prompt: it does not depend on 
 """
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -24,10 +23,11 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from config import UserError
+from config import clip_frames
 from data import contact_sheet, reference_clip
+from files import UserError, command, require, write_file
 from flow import euler, guidance_weights
-from run import ASSETS, Run, command, write_file
+from run import ASSETS, Run, add_part_flags, parts_from_flags
 from text import piece_seed
 from world import to_float, to_uint8
 
@@ -165,12 +165,7 @@ def write_video(path: Path, video: Tensor, fps: float):
     frames = rearrange(enlarge(video).cpu().numpy(), "c f h w -> f h w c")
     buffer = BytesIO()
     if path.suffix == ".mp4":
-        try:
-            import av
-        except ImportError:
-            raise UserError(
-                f'{path}: .mp4 needs PyAV: pip install "semanticgen[video]"; or choose .webp'
-            ) from None
+        av = require("av", "video")
         with av.open(buffer, "w", format="mp4") as file:
             stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             height, width = frames.shape[1:3]
@@ -213,16 +208,6 @@ def write_samples(out: Path, videos: Tensor, labels: Sequence[str], fps: float, 
     print(out.with_suffix(".png"))
 
 
-def clip_frames(run: Run, seconds: float) -> int:
-    """Return the frames of a video of about that length: whole latents and whole pairs."""
-    data = run.config.data
-    whole = math.lcm(run.config.vae.time_patch, max(1, round(2 * data.fps / data.semantic_fps)))
-    frames = round(seconds * data.fps / whole) * whole if math.isfinite(seconds) else 0
-    if frames < whole:
-        raise UserError(f"--seconds {seconds}: the shortest clip here is {whole / data.fps} s")
-    return frames
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -244,6 +229,7 @@ def main():
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("samples/sample.webp"), help=f"{SUFFIXES}")
+    add_part_flags(parser)
     args = parser.parse_args()
     if args.out.suffix not in SUFFIXES:
         raise UserError(
@@ -257,6 +243,7 @@ def main():
         raise UserError("a prompt is empty: leave it out for the default prompt")
 
     run = Run.open(args.run)
+    run.point_to(parts_from_flags(args))
     data = run.config.data
     options = {"steps": args.steps} if args.steps else {}
     if args.guidance:
@@ -268,7 +255,7 @@ def main():
         options["guidance"] = args.guidance[planner]
         options["latent_guidance"] = options["base_guidance"] = args.guidance[painter]
         options["context_guidance"] = args.guidance[plan]
-    frames = clip_frames(run, args.seconds) if args.seconds is not None else data.frames
+    frames = clip_frames(run.config, args.seconds) if args.seconds is not None else data.frames
 
     if args.reference:
         clip = reference_clip(args.reference, data)

@@ -5,10 +5,12 @@ SemanticGen Sec. 3.2. The encoder reads pairs of frames at a low rate and return
 variance of K channels, pulled towards N(0, I) by a KL term; the sample is z_sem (B, K, S, hs, ws),
 the plan. There is no decoder back to d: the compressor learns from the painter's loss plus KL.
 
-The paper's encoder is the vision tower of Qwen2.5-VL. `TinyEncoder` is its miniature: a small video
-transformer that learns language alignment (it predicts captions through `Captioner`), then freezes.
+The paper's encoder is the vision tower of Qwen2.5-VL (`QwenVisionTower`; `VJEPA2` is another one it
+names). `TinyEncoder` is its miniature: a small video transformer that learns language alignment (it
+predicts captions through `Captioner`), then freezes.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +18,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import safe_open
 from torch import Tensor, nn
+
+from files import UserError, digest, read_settings, require, tensor_files
 
 
 class SemanticEncoder(Protocol):
@@ -29,6 +34,19 @@ class SemanticEncoder(Protocol):
 
     def encode(self, video: Tensor) -> Tensor:
         """Return features (B, d, S, hs, ws) of a low-rate video (B, 3, F, H, W) in [-1, 1]."""
+
+
+def pair_grid(frames: int, height: int, width: int, patch: int) -> tuple[int, int, int]:
+    """Return (S, hs, ws) of an encoder that reads pairs of frames in squares of patch pixels."""
+    if frames % 2 or height % patch or width % patch or not frames:
+        raise ValueError(
+            f"semantic video of {frames} frames, {height} x {width}: the encoder needs pairs "
+            f"of frames and multiples of {patch} pixels"
+        )
+    return frames // 2, height // patch, width // patch
+
+
+# --- an encoder to train from scratch -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -46,11 +64,13 @@ class TinyEncoderConfig:
         if self.dim < 4 or self.dim % 4 or self.heads < 1 or self.dim % self.heads:
             raise ValueError(f"dim {self.dim}: must divide by 4 and by the {self.heads} heads")
 
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return (S, hs, ws); ValueError names the multiples that fit."""
+        return pair_grid(frames, height, width, patch=8)  # three halvings
+
 
 class TinyEncoder(nn.Module):
     """Three stride-2 convolutions over pairs of frames, then a transformer over all tokens."""
-
-    patch = 8  # pixels per token, each way: three halvings
 
     def __init__(self, config: TinyEncoderConfig):
         super().__init__()
@@ -75,12 +95,7 @@ class TinyEncoder(nn.Module):
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return (S, hs, ws); ValueError names the multiples that fit."""
-        if frames % 2 or height % self.patch or width % self.patch or not frames:
-            raise ValueError(
-                f"semantic video of {frames} frames, {height} x {width}: the encoder needs pairs "
-                f"of frames and multiples of {self.patch} pixels"
-            )
-        return frames // 2, height // self.patch, width // self.patch
+        return self.config.grid(frames, height, width)
 
     def forward(self, video: Tensor) -> Tensor:
         """Return features with gradient: (B, 3, F, H, W) in [-1, 1] -> (B, d, S, hs, ws)."""
@@ -160,6 +175,233 @@ class Captioner(nn.Module):
         loss = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
         right = (logits.argmax(-1) == ids) | ended
         return loss[~ended].mean(), {"exact": right.all(1).float().mean()}
+
+
+# --- released encoders --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PretrainedEncoderConfig:
+    """Which released encoder, and its sizes; `describe_encoder` reads them off its weights."""
+
+    kind: str = "qwen2_5_vl"  # "model_type" in its config.json, a key of ENCODERS
+    weights: str = ""  # folder or hub id; "" = none named
+    digest: str = ""  # stands for the content of its weights
+    dim: int = 2048  # d: 2048 in the 3B model, 3584 in 7B, 8192 in 72B
+    patch: int = 28  # pixels per feature, each way
+    side: int | None = None  # the one height and width that it reads; None = any multiples of patch
+    dtype: str = "bfloat16"  # of its weights in memory
+    chunk: int = 16  # pairs of frames (or clips, of an encoder that looks across them) at a time
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return (S, hs, ws); ValueError names the sizes that fit."""
+        if self.side and (height, width) != (self.side, self.side):
+            raise ValueError(
+                f"semantic video of {height} x {width}: {self.kind} reads {self.side} x "
+                f"{self.side} alone; set data.semantic_height and data.semantic_width"
+            )
+        return pair_grid(frames, height, width, self.patch)
+
+
+def describe_encoder(weights: str) -> PretrainedEncoderConfig:
+    """Return the configuration of released weights, in a folder or under a hub id.
+
+    Reads config.json and the weights files that the encoder needs, to tell them from others later.
+    UserError if they are not those of an encoder known here.
+    """
+    settings = read_settings(weights, "config.json")
+    kind = settings.get("model_type")
+    if kind not in ENCODERS:
+        raise UserError(
+            f"{weights} holds a {kind!r}, not one of the encoders {', '.join(ENCODERS)}"
+        )
+    return ENCODERS[kind].describe(weights, settings)
+
+
+class QwenVisionTower(nn.Module):
+    """The vision tower of Qwen2.5-VL, alone: the paper's semantic encoder (Sec. 3.2).
+
+    Loaded from a full Qwen2.5-VL checkpoint: of its shards only those that hold the tower are
+    opened, or fetched, and the language model is never read. Computed by transformers (extra
+    `qwen`); what its processor does to pixels is done here, because that needs torchvision.
+
+    The tower attends within one pair of frames and never across: its features know motion only
+    within a pair, and all structure over time is the DiT's to model. Pairs are therefore one batch,
+    and encoding them in chunks is the same as encoding them at once.
+    """
+
+    mean = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1], from CLIP
+    std = (0.26862954, 0.26130258, 0.27577711)
+    prefix = re.compile(r"(model\.)?visual\.")  # as released; as some versions saved it
+
+    def __init__(self, config: PretrainedEncoderConfig, device: torch.device | str = "cpu"):
+        """Load the weights. UserError if any tensor is missing, foreign or of another size."""
+        super().__init__()
+        self.config, self.dim = config, config.dim
+        self.tower = self._read(config.weights, getattr(torch, config.dtype)).to(device)
+        self.register_buffer("mean_rgb", torch.tensor(self.mean, device=device).view(3, 1, 1, 1))
+        self.register_buffer("std_rgb", torch.tensor(self.std, device=device).view(3, 1, 1, 1))
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def describe(cls, weights: str, settings: dict) -> PretrainedEncoderConfig:
+        """Return the configuration of a checkpoint whose config.json says `settings`."""
+        try:
+            vision = settings["vision_config"]
+            patch = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
+            files = set(tensor_files(weights, cls.prefix.match).values())
+            return PretrainedEncoderConfig(
+                weights=weights, digest=digest(files), dim=vision["out_hidden_size"], patch=patch
+            )
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{weights}: config.json has no vision tower ({error!r})") from None
+
+    @classmethod
+    def _read(cls, weights: str, dtype: torch.dtype) -> nn.Module:
+        """Return the tower in dtype; at most one tensor is in memory besides it."""
+        transformers = require("transformers", "qwen")
+        settings = dict(read_settings(weights, "config.json")["vision_config"])
+        files = tensor_files(weights, cls.prefix.match)
+        sources = {cls.prefix.sub("", name, 1): (file, name) for name, file in files.items()}
+
+        def build(**changes) -> nn.Module:
+            from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl as configuration
+
+            config = configuration.Qwen2_5_VLVisionConfig(**{**settings, **changes})
+            return transformers.Qwen2_5_VisionTransformerPretrainedModel(config)
+
+        with torch.device("meta"):  # no memory and no random numbers for what is read anyway
+            tower = build()
+        wanted = tower.state_dict()
+        if odd := sorted(wanted.keys() ^ sources.keys()):
+            what = "lacks" if odd[0] in wanted else "has, but should not,"
+            raise UserError(f"{weights} {what} {odd[0]} (and {len(odd) - 1} more): not this tower")
+        tower = tower.to(dtype).to_empty(device="cpu")
+        for name, target in tower.state_dict().items():
+            file, full_name = sources[name]
+            with safe_open(file, "pt") as content:  # anew each time: what was mapped is let go
+                source = content.get_tensor(full_name)
+            if source.shape != target.shape:
+                shapes = f"{tuple(source.shape)}, expected {tuple(target.shape)}"
+                raise UserError(f"{file}: {full_name} is {shapes}")
+            target.copy_(source)
+        # RoPE's frequencies are in no checkpoint, must stay float32, and depend on the heads' width
+        # alone: a tower of one head without blocks has them.
+        head = settings["hidden_size"] // settings["num_heads"]
+        small = build(hidden_size=head, num_heads=1, depth=0)
+        for name, buffer in small.rotary_pos_emb.named_buffers():
+            setattr(tower.rotary_pos_emb, name, buffer.detach().clone())
+        return tower
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return (S, hs, ws) = (frames / 2, height / 28, width / 28); ValueError otherwise."""
+        return self.config.grid(frames, height, width)
+
+    def patches(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise and cut: pairs of frames (P, 3, 2, H, W) in [-1, 1] -> patches and their grids.
+
+        Returns (P h w, 1176) patches of 14 x 14 pixels and 2 frames, in the tower's order (squares
+        of 2 x 2 patches, which it merges, one after the other), and (P, 3) sizes (1, h, w).
+        """
+        side = self.tower.patch_size
+        pixels = ((pairs + 1) / 2 - self.mean_rgb) / self.std_rgb
+        rows = rearrange(
+            pixels,
+            "n c t (h a p) (w b q) -> (n h w a b) (c t p q)",
+            p=side,
+            q=side,
+            a=self.tower.spatial_merge_size,
+            b=self.tower.spatial_merge_size,
+        )
+        size = (1, pairs.shape[-2] // side, pairs.shape[-1] // side)
+        return rows, torch.tensor([size] * len(pairs), device=rows.device)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Return features (B, d, S, hs, ws) float32 of a low-rate video (B, 3, F, H, W)."""
+        pairs, height, width = self.grid(*video.shape[2:])
+        x = rearrange(video, "b c (s two) h w -> (b s) c two h w", two=2)
+        merged = []
+        for part in x.split(self.config.chunk):
+            out = self.tower(*self.patches(part))
+            # pooler_output is in the order of the patches, last_hidden_state in that of windows;
+            # older versions of transformers return the former alone.
+            merged.append((out if isinstance(out, Tensor) else out.pooler_output).float())
+        sizes = {"s": pairs, "h": height, "w": width}
+        return rearrange(torch.cat(merged), "(b s h w) d -> b d s h w", **sizes)
+
+
+class VJEPA2(nn.Module):
+    """V-JEPA 2, a drop-in that the paper names: self-supervised, and it does look across time.
+
+    Computed by transformers (extra `qwen`). Pairs of frames at its one size, patches of 16 pixels.
+    """
+
+    mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1], from ImageNet
+    std = (0.229, 0.224, 0.225)
+
+    def __init__(self, config: PretrainedEncoderConfig, device: torch.device | str = "cpu"):
+        """Load the weights. UserError if they are not readable."""
+        super().__init__()
+        self.config, self.dim = config, config.dim
+        transformers = require("transformers", "qwen")
+        try:
+            self.model, report = transformers.VJEPA2Model.from_pretrained(
+                config.weights,
+                dtype=getattr(torch, config.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{config.weights}: not the weights of V-JEPA 2 ({reason})") from None
+        if missing := sorted(name for name in report["missing_keys"] if "predictor" not in name):
+            raise UserError(f"{config.weights} lacks {missing[0]}: not the weights of V-JEPA 2")
+        del self.model.predictor  # only the encoder's features are used
+        self.register_buffer("mean_rgb", torch.tensor(self.mean).view(3, 1, 1))
+        self.register_buffer("std_rgb", torch.tensor(self.std).view(3, 1, 1))
+        self.to(device).eval().requires_grad_(False)
+
+    @classmethod
+    def describe(cls, weights: str, settings: dict) -> PretrainedEncoderConfig:
+        """Return the configuration of weights whose config.json says `settings`."""
+        try:
+            side = settings.get("crop_size", 256)
+            files = set(tensor_files(weights, lambda name: True).values())
+            return PretrainedEncoderConfig(
+                kind="vjepa2",
+                weights=weights,
+                digest=digest(files),
+                dim=settings["hidden_size"],
+                patch=settings.get("patch_size", 16),
+                side=side,
+                chunk=1,
+            )
+        except KeyError as error:
+            raise UserError(f"{weights}: config.json lacks {error}") from None
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return (S, hs, ws) = (frames / 2, height / 16, width / 16); ValueError otherwise."""
+        return self.config.grid(frames, height, width)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Return features (B, d, S, hs, ws) float32 of a low-rate video (B, 3, F, H, W)."""
+        pairs, height, width = self.grid(*video.shape[2:])
+        x = rearrange(video, "b c f h w -> b f c h w")
+        x = (((x + 1) / 2 - self.mean_rgb) / self.std_rgb).to(self.model.dtype)
+        tokens = [
+            self.model(part, skip_predictor=True).last_hidden_state.float()
+            for part in x.split(self.config.chunk)
+        ]
+        sizes = {"s": pairs, "h": height, "w": width}
+        return rearrange(torch.cat(tokens), "b (s h w) d -> b d s h w", **sizes)
+
+
+ENCODERS = {"qwen2_5_vl": QwenVisionTower, "vjepa2": VJEPA2}  # by model_type of their config.json
+
+
+# --- the compressor -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

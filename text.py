@@ -1,7 +1,7 @@
 """Text encoders: strings to tokens that the DiT reads by cross-attention.
 
-The paper does not name its text encoder. Here: `HashText`, a tiny one without weights that takes
-any string (our choice for miniatures, where the DiT learns the words itself).
+The paper does not name its text encoder. Here: `UMT5`, which Wan2.1 uses, and `HashText`, one
+without weights that takes any string (our choice for miniatures: the DiT learns words by itself).
 Contract: padding rows are zero and the empty string is all zeros, the null text of guidance.
 """
 
@@ -13,7 +13,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from files import UserError, digest, locate, read_settings, require, tensor_files
 
 
 class TextEncoder(Protocol):
@@ -72,4 +74,86 @@ class HashText:
             for place, word in enumerate(text.lower().split()[: self.config.words]):
                 vector = word_vector(word, self.dim) + piece_vector(f"place {place}", self.dim)
                 row[place] = torch.from_numpy(vector)
+        return tokens
+
+
+# --- released text encoders ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UMT5Config:
+    """Which text encoder, and its sizes; `describe_text` reads them off its weights."""
+
+    weights: str = ""  # folder or hub id, with the encoder in it or in text_encoder and tokenizer
+    digest: str = ""  # stands for the content of its weights
+    words: int = 512  # L: tokens read; what comes after is ignored
+    dim: int = 4096
+    dtype: str = "bfloat16"  # of its weights in memory
+
+
+def text_folders(weights: str) -> tuple[str, str]:
+    """Return the folders of encoder and tokenizer: of a pipeline's repository, or none ("")."""
+    pipeline = locate(weights, "text_encoder/config.json") is not None
+    return ("text_encoder", "tokenizer") if pipeline else ("", "")
+
+
+def describe_text(weights: str) -> UMT5Config:
+    """Return the configuration of a released text encoder, in a folder or under a hub id.
+
+    UserError if it has no readable settings or no safetensors.
+    """
+    folder, _ = text_folders(weights)
+    settings = read_settings(weights, f"{folder}/config.json" if folder else "config.json")
+    dim = settings.get("d_model", settings.get("hidden_size"))
+    if not isinstance(dim, int):
+        raise UserError(f"{weights}: config.json tells no width, d_model or hidden_size")
+    files = tensor_files(weights, lambda name: True, f"{folder}/model" if folder else "model")
+    longest = settings.get("max_position_embeddings", 512)  # relative positions have no limit
+    return UMT5Config(weights, digest(set(files.values())), min(512, longest), dim)
+
+
+class UMT5(nn.Module):
+    """umT5, or another text encoder that transformers can load (T5, BERT, ...); extra `text`.
+
+    As in Wan2.1: up to 512 tokens, and the places after the last one are zero.
+    """
+
+    def __init__(self, config: UMT5Config, device: torch.device | str = "cpu"):
+        """Load weights and tokenizer. UserError if either is not readable."""
+        super().__init__()
+        self.config, self.dim = config, config.dim
+        transformers = require("transformers", "text")
+        encoder, tokenizer = text_folders(config.weights)
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                config.weights, subfolder=tokenizer
+            )
+            self.model, report = transformers.AutoModelForTextEncoding.from_pretrained(
+                config.weights,
+                subfolder=encoder,
+                dtype=getattr(torch, config.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, RuntimeError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{config.weights}: not a text encoder ({reason})") from None
+        if missing := sorted(n for n in report["missing_keys"] if not n.startswith("pooler.")):
+            raise UserError(f"{config.weights} lacks {missing[0]}: not the weights it says")
+        self.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return tokens (B, L, dim) float32; rows of padding, and all of an empty string's, are 0.
+
+        One text at a time: without padding, and no text depends on its company.
+        """
+        tokens = torch.zeros(len(texts), self.config.words, self.dim, device=self.model.device)
+        for row, text in zip(tokens, texts, strict=True):
+            if text := " ".join(text.split()):
+                ids = self.tokenizer(
+                    text, truncation=True, max_length=self.config.words, return_tensors="pt"
+                )
+                hidden = self.model(**ids.to(self.model.device)).last_hidden_state[0]  # (l, dim)
+                row[: len(hidden)] = hidden.float()
         return tokens

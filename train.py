@@ -2,7 +2,8 @@
 
     python train.py --stage all --tiny                   # from nothing to prompts, two CPU cores
     python train.py --stage latent --preset small        # one GPU
-    python train.py --stage latent --tiny --data FOLDER  # your own videos
+    python train.py --stage all --tiny --data FOLDER     # your own videos
+    python train.py --stage latent --data FOLDER --qwen WEIGHTS --vae WEIGHTS --text WEIGHTS
 
 SemanticGen trains the painter first (stage `latent`, Sec. 3.2): it teaches the compressor what a
 plan must hold. Then the planner (stage `semantic`, Sec. 3.3), on the frozen compressor's plans.
@@ -19,8 +20,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -28,10 +27,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import sample
-from config import PRESETS, STAGES, StageConfig, UserError, override
+from cache import Cache, Memory, precompute
+from config import PRESETS, STAGES, Config, StageConfig, override, preset
 from data import Folder, contact_sheet
+from files import UserError, command
 from flow import flow_loss, path, sample_time
-from run import NEEDS, Metrics, Run, command, computing, write_file
+from run import (
+    FLAGS,
+    Metrics,
+    Run,
+    add_part_flags,
+    check_weights_named,
+    computing,
+    parts_from_flags,
+)
 from semantic import Captioner
 from text import piece_seed
 from world import World, to_float, to_uint8
@@ -40,7 +49,6 @@ Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]]
 
 LOG_EVERY = 20  # steps per line of metrics.jsonl
 SAVE_EVERY = 200  # steps per training state
-CHUNK = 128  # clips encoded at a time
 
 
 def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
@@ -48,30 +56,19 @@ def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(piece_seed(f"{seed} {stage} {step}") % 2**63)
 
 
-# --- what is frozen is computed once -------------------------------------------------------------
+def encoded(run: Run, dataset: World | Folder | Cache, clips: int) -> Memory | Cache:
+    """Return the clips as the frozen parts encode them: computed once, not again in each step.
 
-
-@lru_cache(maxsize=4)
-def encoded_clips(run: Run, dataset, clips: int, what: str) -> Tensor | list[str]:
-    """Return latents, features or text of the first `clips` clips of a dataset, kept in memory.
-
-    what: "latents" (N, C, T, h, w), "features" (N, d, S, hs, ws) or "text" (N, L, dim).
+    A folder's go to a cache in the run's own folder first; of the world the first `clips` are used.
     """
-    clips = min(clips, len(dataset))
-    out = []
-    for start in tqdm(range(0, clips, CHUNK), f"encoding {what}", unit="chunk", leave=False):
-        indices = range(start, min(start + CHUNK, clips))
-        if what == "text":
-            out.append(run.text.encode(dataset.captions(indices)))
-            continue
-        with computing(run.device, run.config.dtype):
-            if what == "latents":
-                video = to_float(dataset.batch(indices).video).to(run.device)
-                out.append(run.vae.encode(video).cpu())
-            else:
-                video = to_float(dataset.semantic_video(indices)).to(run.device)
-                out.append(run.encoder.encode(video).bfloat16().cpu())
-    return torch.cat(out)
+    if isinstance(dataset, World):
+        return Memory(run, dataset, min(clips, len(dataset)))
+    if isinstance(dataset, Folder):
+        precompute(dataset.path, run.path / "cache", run)
+        run.unload()
+        dataset = Cache(run.path / "cache")
+    dataset.check(run)
+    return dataset
 
 
 # --- one loss for each stage ---------------------------------------------------------------------
@@ -101,16 +98,10 @@ def encoder_loss(run: Run, modules: nn.ModuleDict, dataset, batch: int) -> Loss:
     return loss
 
 
-def diffusion_loss(run: Run, modules: nn.ModuleDict, dataset, stage: str) -> Loss:
+def diffusion_loss(run: Run, modules: nn.ModuleDict, clips: Memory | Cache, stage: str) -> Loss:
     """Flow matching (Eq. 3) of painter, planner or base; with KL where the plans are learned."""
     config: StageConfig = getattr(run.config.stages, stage)
     dit, device = modules["dit"], run.device
-    text = encoded_clips(run, dataset, config.clips, "text")
-    latents = features = None
-    if stage != "semantic":
-        latents = encoded_clips(run, dataset, config.clips, "latents")
-    if stage != "base":
-        features = encoded_clips(run, dataset, config.clips, "features")
     compressor = modules["compressor"] if stage == "latent" else None
     if stage == "semantic":
         compressor = run.painter["compressor"]
@@ -122,20 +113,22 @@ def diffusion_loss(run: Run, modules: nn.ModuleDict, dataset, stage: str) -> Los
         def keep(dropout: float) -> Tensor:
             return (torch.rand(config.batch, generator=rng) >= dropout).to(device)
 
-        indices = torch.randint(len(text), (config.batch,), generator=rng)
-        tokens = text[indices].to(device) * keep(config.text_dropout)[:, None, None]
-        conditions, kl = {}, None
-        if stage == "base":
-            data = latents[indices].to(device)
+        indices = torch.randint(len(clips), (config.batch,), generator=rng)
+        tokens = clips.text(indices).to(device) * keep(config.text_dropout)[:, None, None]
+        conditions, z, kl = {}, None, None
+        if stage != "base":
+            features = clips.features(indices).to(device)
+            noise = normal(len(features), compressor.channels, *features.shape[2:])
+            z, kl = compressor(features, noise)
+        if stage == "latent":
+            context = compressor.perturb(z, normal(config.batch), normal(*z.shape))
+            conditions = {"context": context, "keep_context": keep(config.context_dropout)}
+        if stage == "semantic":
+            data = compressor.normalise(z)
         else:
-            z = features[indices].float().to(device)
-            z, kl = compressor(z, normal(len(z), compressor.channels, *z.shape[2:]))
-            if stage == "semantic":
-                data = compressor.normalise(z)
-            else:
-                data = latents[indices].to(device)
-                context = compressor.perturb(z, normal(config.batch), normal(*z.shape))
-                conditions = {"context": context, "keep_context": keep(config.context_dropout)}
+            data, log_variance = (x.to(device) for x in clips.latents(indices))
+            if config.posterior:
+                data = data + normal(*data.shape) * (0.5 * log_variance).exp()
         noise = normal(*data.shape)
         t = sample_time(config.batch, config.time, config.shift, rng).to(device)
         velocity = dit(path(data, noise, t), t, tokens, **conditions)
@@ -224,10 +217,10 @@ def train_stage(run: Run, stage: str, dataset, seed: int):
     if stage == "encoder":
         modules["captioner"] = Captioner(run.config.encoder, vocabulary(dataset))
     modules.to(run.device).train()
+    clips = encoded(run, dataset, config.clips) if stage in ("latent", "semantic", "base") else None
     if stage == "latent":
-        modules["compressor"].set_feature_statistics(
-            encoded_clips(run, dataset, config.clips, "features")[:1024].float().to(run.device)
-        )
+        features = clips.features(range(enough(clips, 2**15)))
+        modules["compressor"].set_feature_statistics(features.to(run.device))
     ema = {name: x.detach().clone() for name, x in modules.state_dict().items()}
     optimizers = build_optimizers(modules, config)
     state = run.load_state(stage)
@@ -261,7 +254,7 @@ def train_stage(run: Run, stage: str, dataset, seed: int):
     elif stage == "encoder":
         loss_of = encoder_loss(run, modules, dataset, config.batch)
     else:
-        loss_of = diffusion_loss(run, modules, dataset, stage)
+        loss_of = diffusion_loss(run, modules, clips, stage)
     metrics = Metrics(run.path / "metrics.jsonl", stage, step, pending)
 
     def save_state():
@@ -314,7 +307,8 @@ def train_stage(run: Run, stage: str, dataset, seed: int):
                     f"stopped; saved {run.state_file(stage)}: the same command goes on from it"
                 )
                 sys.exit(130)
-    finish(run, stage, modules, ema, dataset, {"steps": str(step), "seconds": f"{seconds:.0f}"})
+    note = {"steps": str(step), "seconds": f"{seconds:.0f}"}
+    finish(run, stage, modules, ema, dataset, clips, note)
     save_state()
     metrics.plot()
 
@@ -326,52 +320,67 @@ def update_ema(ema: dict[str, Tensor], modules: nn.Module, decay: float):
     torch._foreach_lerp_([ema[name] for name in parameters], list(parameters.values()), 1 - decay)
 
 
-def finish(run: Run, stage: str, modules: nn.ModuleDict, ema: dict, dataset, note: dict[str, str]):
+def finish(
+    run: Run,
+    stage: str,
+    modules: nn.ModuleDict,
+    ema: dict[str, Tensor],
+    dataset,
+    clips: Memory | Cache | None,
+    note: dict[str, str],
+):
     """Measure what later stages need, write the EMA weights and a preview."""
     modules = modules.eval()
     raw = {name: x.clone() for name, x in modules.state_dict().items()}
     modules.load_state_dict(ema)
-    clips = range(min(512, len(dataset)))
     if stage == "vae":
-        modules["vae"].set_statistics(to_float(dataset.batch(clips).video).to(run.device))
+        some = dataset.batch(range(min(512, len(dataset))))
+        modules["vae"].set_statistics(to_float(some.video).to(run.device))
     if stage == "latent":
-        count = run.config.stages.latent.clips
-        features = encoded_clips(run, dataset, count, "features")[: 4 * len(clips)]
-        modules["compressor"].set_statistics(features.float().to(run.device))
+        features = clips.features(range(enough(clips, 2**16)))
+        modules["compressor"].set_statistics(features.to(run.device))
     tensors = {k: x for k, x in modules.state_dict().items() if not k.startswith("captioner.")}
     run.save(stage, tensors, note)
     modules.load_state_dict(raw)
-    for part in ("vae", "encoder", "painter", "planner", "base"):
-        vars(run).pop(part, None)  # loaded anew when asked for
-    preview(run, stage, dataset)
+    run.unload()
+    if stage != "encoder":
+        preview(run, stage, dataset, clips)
+
+
+def enough(clips: Memory | Cache, tokens: int) -> int:
+    """Return how many clips have about that many semantic tokens: enough for statistics."""
+    return min(len(clips), max(1, tokens // clips.features([0])[0, 0].numel()))
 
 
 @torch.no_grad()
-def preview(run: Run, stage: str, dataset):
-    """Write samples/STAGE.png: what this stage does with a few clips of the dataset."""
-    if stage == "encoder":
+def preview(run: Run, stage: str, dataset, clips: Memory | Cache | None):
+    """Write samples/STAGE.png: what this stage does with a few clips of the dataset.
+
+    Not where the VAE is a released one: there a sample takes long, and sample.py makes it.
+    """
+    if run.released("vae"):
         return
-    clips = dataset.batch(range(min(6, len(dataset))))
-    seeds = range(len(clips.captions))
-    real = [f"real: {caption}" for caption in clips.captions]
+    indices = range(min(6, len(dataset)))
+    captions = dataset.captions(indices)
     if stage == "vae":
-        video = to_uint8(run.vae.decode(run.vae.encode(to_float(clips.video).to(run.device))))
-        labels = [f"through the VAE: {caption}" for caption in clips.captions]
-    elif stage == "latent":
-        plans = sample.reference_plans(run, clips.semantic_video)
-        video = sample.paint(run, clips.captions, seeds, plans)
-        labels = [f"painted from its plan: {caption}" for caption in clips.captions]
-    elif stage == "semantic":
-        video = sample.generate(run, clips.captions, seeds)
-        labels = [f"from text: {caption}" for caption in clips.captions]
+        shown = dataset.batch(indices).video
+        video = to_uint8(run.vae.decode(run.vae.encode(to_float(shown).to(run.device))))
+        labels = "real", "through the VAE"
     else:
-        video = sample.paint(run, clips.captions, seeds, None)
-        labels = [f"base, from text: {caption}" for caption in clips.captions]
-    both = torch.stack([clips.video, video.cpu()], 1).flatten(0, 1)
-    buffer = BytesIO()
-    pairs = [label for pair in zip(real, labels, strict=True) for label in pair]
-    contact_sheet(both, pairs).save(buffer, "png")
-    write_file(run.path / "samples" / f"{stage}.png", buffer.getvalue())
+        latents, _ = clips.latents(indices)
+        shown = to_uint8(run.vae.decode(latents.to(run.device))).cpu()
+        if stage == "latent":
+            plans = run.painter["compressor"].encode(clips.features(indices).to(run.device))
+            video = sample.paint(run, captions, indices, plans)
+        elif stage == "semantic":
+            video = sample.generate(run, captions, indices)
+        else:
+            video = sample.paint(run, captions, indices, None)
+        made = {"latent": "painted from its plan", "semantic": "from text", "base": "from text"}
+        labels = "real, through the VAE", made[stage]
+    both = torch.stack([shown, video.cpu()], 1).flatten(0, 1)
+    texts = [f"{label}: {caption}" for caption in captions for label in labels]
+    contact_sheet(both, texts, run.path / "samples" / f"{stage}.png")
 
 
 def vocabulary(dataset) -> list[str]:
@@ -383,11 +392,35 @@ def vocabulary(dataset) -> list[str]:
 def train(run: Run, stages: Sequence[str], dataset, seed: int):
     """Train the stages named, and before each what it needs and the run does not have yet."""
     for stage in stages:
-        missing = [need for need in NEEDS[stage] if not run.has(need)]
+        missing = [need for need in run.needs(stage) if not run.has(need)]
         if missing:
             print(f"{stage} needs {' and '.join(missing)} first: training {' and '.join(missing)}")
             train(run, missing, dataset, seed)
+        if isinstance(dataset, Cache) and stage in ("vae", "encoder"):
+            raise UserError(f"{dataset.path} has no pixels: train {stage} on the folder of videos")
         train_stage(run, stage, dataset, seed)
+
+
+def configured(args: argparse.Namespace, out: Path, cache: Cache | None) -> Config:
+    """Return the configuration that the command line asks for.
+
+    Released parts are those of the flags, else the cache's, else those the run has already.
+    """
+    parts = {}
+    if (out / "config.json").exists():
+        old = Run.open(out)
+        parts = {part: getattr(old.config, part) for part in FLAGS if old.released(part)}
+    if cache:
+        parts |= cache.parts()
+    settings = list(args.settings)
+    if args.steps is not None:
+        if args.steps < 1:
+            raise UserError(f"--steps {args.steps}: at least 1")
+        stages = STAGES[:4] if args.stage == "all" else (args.stage,)
+        settings += [f"stages.{stage}.steps={args.steps}" for stage in stages]
+    config = override(preset(args.preset), settings, **parts | parts_from_flags(args))
+    check_weights_named(config)
+    return config
 
 
 def main():
@@ -395,9 +428,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", required=True, choices=[*STAGES, "all"])
-    parser.add_argument("--preset", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--preset", default="paper", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--tiny", action="store_const", const="tiny", dest="preset")
-    parser.add_argument("--data", type=Path, help="folder of videos with captions; else the world")
+    parser.add_argument("--data", type=Path, help="folder of videos, or a cache; else the world")
     parser.add_argument("--out", type=Path, help="run folder; runs/PRESET if not given")
     parser.add_argument(
         "--steps", type=int, help="steps of each stage named, instead of the preset's"
@@ -405,22 +438,27 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
     parser.add_argument("--fresh", action="store_true", help="train the stages named anew")
+    add_part_flags(parser)
     args = parser.parse_args()
-    if args.preset not in PRESETS:
-        raise UserError(f"name a preset: --tiny or --preset {{{','.join(PRESETS)}}}")
-    stages = STAGES[:4] if args.stage == "all" else (args.stage,)
-    config = override(PRESETS[args.preset](), args.settings)
-    if args.steps is not None:
-        if args.steps < 1:
-            raise UserError(f"--steps {args.steps}: at least 1")
-        config = override(config, [f"stages.{stage}.steps={args.steps}" for stage in stages])
     out = args.out or Path("runs") / args.preset
+    cache = Cache(args.data) if args.data and (args.data / "cache.json").exists() else None
+    config = configured(args, out, cache)
+    if args.data is None and args.preset == "paper":
+        raise UserError("preset paper learns from real videos: give --data FOLDER (or CACHE)")
+    if cache:
+        cache.check(Run(out, config))
     run = Run.create(out, config)
+    stages = [args.stage]
+    if args.stage == "all":
+        stages = [stage for stage in STAGES[:4] if not run.released(stage)]
+    elif run.released(args.stage):
+        raise UserError(f"--stage {args.stage}: it has released weights, nothing is to be trained")
     if args.fresh:
         for stage in stages:
             run.forget(stage)
     try:
-        dataset = Folder(args.data, config.data) if args.data else World(config.data, "train")
+        data = config.data
+        dataset = cache or (Folder(args.data, data) if args.data else World(data, "train"))
     except ValueError as error:
         raise UserError(str(error)) from None
     train(run, stages, dataset, args.seed)

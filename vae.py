@@ -1,8 +1,9 @@
 """Video VAEs: pixels to the latents that stage 2 denoises, and back.
 
-The paper uses a 3D VAE that it does not describe further (Sec. 3.1). Here: `TinyVAE`, a small 3D KL
-VAE to train from scratch. Latents are normalised with statistics of the training clips, so that the
-diffusion sees about zero mean and unit variance whatever the VAE's own scale is.
+The paper uses a 3D VAE that it does not describe further (Sec. 3.1). Here: `WanVAE`, Wan2.1's, and
+`TinyVAE`, a small 3D KL VAE to train from scratch. Latents are normalised with statistics of the
+training clips, so that the diffusion sees about zero mean and unit variance whatever the VAE's own
+scale is.
 
 Layouts: video (B, 3, F, H, W) float in [-1, 1]; latents (B, C, T, h, w).
 """
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from files import UserError, digest, locate, read_settings, require, tensor_names
+
 
 class VideoVAE(Protocol):
     """What a VAE offers: `channels` C, the `grid` of its latents, `encode` and `decode`."""
@@ -24,6 +27,9 @@ class VideoVAE(Protocol):
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return (T, h, w) for a video of that size; ValueError if it does not divide."""
+
+    def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance (B, C, T, h, w) of normalised latents."""
 
     def encode(self, video: Tensor) -> Tensor:
         """Return normalised latents (B, C, T, h, w), the mean of the posterior."""
@@ -42,6 +48,21 @@ class TinyVAEConfig:
     time_patch: int = 4  # pixels frames per latent frame
     space_patch: int = 4  # pixels per latent position, each way
     kl_weight: float = 1e-3  # per latent element, against the mean of L1 + L2 per pixel
+
+    @property
+    def first(self) -> int:
+        """Frames at the start that are a latent frame by themselves."""
+        return 0
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return (T, h, w); ValueError names the multiples that fit."""
+        time, space = self.time_patch, self.space_patch
+        if frames % time or height % space or width % space or not frames:
+            raise ValueError(
+                f"video of {frames} frames, {height} x {width}: the VAE needs multiples of "
+                f"{time} frames and {space} pixels"
+            )
+        return frames // time, height // space, width // space
 
 
 class MatrixConv3d(nn.Module):
@@ -95,15 +116,9 @@ class TinyVAE(nn.Module):
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return (T, h, w); ValueError names the multiples that fit."""
-        time, space = self.config.time_patch, self.config.space_patch
-        if frames % time or height % space or width % space or not frames:
-            raise ValueError(
-                f"video of {frames} frames, {height} x {width}: the VAE needs multiples of "
-                f"{time} frames and {space} pixels"
-            )
-        return frames // time, height // space, width // space
+        return self.config.grid(frames, height, width)
 
-    def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
+    def raw_posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance (B, C, T, h, w) of the raw latents, before normalisation."""
         self.grid(*video.shape[2:])
         time, space = self.config.time_patch, self.config.space_patch
@@ -126,7 +141,7 @@ class TinyVAE(nn.Module):
 
     def loss(self, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L1 + L2 + KL loss and what to log. noise: (B, C, T, h, w), N(0, 1)."""
-        mean, log_variance = (x.float() for x in self.posterior(video))
+        mean, log_variance = (x.float() for x in self.raw_posterior(video))
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         error = self.reconstruct(mean + noise * (0.5 * log_variance).exp()).float() - video
         l2 = error.square().mean()
@@ -136,16 +151,140 @@ class TinyVAE(nn.Module):
     @torch.no_grad()
     def set_statistics(self, video: Tensor):
         """Measure each channel's mean and deviation on clips (B, 3, F, H, W), for `encode`."""
-        mean = self.posterior(video)[0].float().transpose(0, 1).flatten(1)  # (C, B T h w)
+        mean = self.raw_posterior(video)[0].float().transpose(0, 1).flatten(1)  # (C, B T h w)
         self.mean.copy_(mean.mean(1).view_as(self.mean))
         self.std.copy_(mean.std(1).view_as(self.std))
 
     @torch.no_grad()
+    def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance of normalised latents, (B, C, T, h, w) float32."""
+        mean, log_variance = (x.float() for x in self.raw_posterior(video))
+        return (mean - self.mean) / self.std, log_variance - 2 * self.std.log()
+
     def encode(self, video: Tensor) -> Tensor:
         """Return normalised latents: (B, 3, F, H, W) in [-1, 1] -> (B, C, T, h, w) float32."""
-        return (self.posterior(video)[0].float() - self.mean) / self.std
+        return self.posterior(video)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return video in [-1, 1]: (B, C, T, h, w) -> (B, 3, F, H, W) float32."""
         return self.reconstruct(latents * self.std + self.mean).float().clamp(-1, 1)
+
+
+# --- a released VAE -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WanVAEConfig:
+    """Which weights of Wan's VAE, and its sizes; `describe_vae` reads them off the weights."""
+
+    weights: str = ""  # folder or hub id, with the VAE in it or in its folder vae; "" = none named
+    digest: str = ""  # stands for the content of its weights
+    channels: int = 16  # C
+    time_patch: int = 4
+    space_patch: int = 8
+    dtype: str = "float32"  # of its weights in memory
+    tile: int | None = None  # pixels: larger frames are coded in tiles of this side, blended
+
+    @property
+    def first(self) -> int:
+        """Frames at the start that are a latent frame by themselves."""
+        return 1
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return (T, h, w); ValueError names the sizes that fit (Wan's own code drops the rest)."""
+        time, space = self.time_patch, self.space_patch
+        if frames < 1 or (frames - 1) % time or height % space or width % space:
+            near = max(0, round((frames - 1) / time)) * time + 1
+            raise ValueError(
+                f"video of {frames} frames, {height} x {width}: Wan's VAE needs {time}k + 1 "
+                f"frames (such as {near}) and multiples of {space} pixels"
+            )
+        return (frames - 1) // time + 1, height // space, width // space
+
+
+def vae_folder(weights: str) -> str:
+    """Return "vae/" where the VAE is part of a pipeline's repository, else ""."""
+    return "vae/" if locate(weights, "vae/config.json") else ""
+
+
+def describe_vae(weights: str) -> WanVAEConfig:
+    """Return the configuration of released weights of Wan's VAE, in a folder or under a hub id.
+
+    UserError if they are not an AutoencoderKLWan in safetensors.
+    """
+    folder = vae_folder(weights)
+    settings = read_settings(weights, f"{folder}config.json")
+    if settings.get("_class_name") != "AutoencoderKLWan":
+        raise UserError(f"{weights} holds a {settings.get('_class_name')!r}, not AutoencoderKLWan")
+    file = locate(weights, f"{folder}diffusion_pytorch_model.safetensors")
+    if file is None:
+        raise UserError(f"{weights} has no {folder}diffusion_pytorch_model.safetensors")
+    tensor_names(file)  # or say now that it is damaged
+    return WanVAEConfig(
+        weights=weights,
+        digest=digest([file]),
+        channels=settings.get("z_dim", 16),
+        time_patch=settings.get("scale_factor_temporal", 4),
+        space_patch=settings.get("scale_factor_spatial", 8),
+    )
+
+
+class WanVAE(nn.Module):
+    """The VAE of Wan2.1 through diffusers (extra `wan`): 16 channels, 4 x 8 x 8, causal in time.
+
+    The first frame is a latent frame by itself, hence 4k + 1 frames. It codes four frames after the
+    other, so that the memory of its layers does not grow with a video's length; `tile` bounds it
+    over height and width.
+    """
+
+    def __init__(self, config: WanVAEConfig, device: torch.device | str = "cpu"):
+        """Load the weights. UserError if they are not readable or not complete."""
+        super().__init__()
+        self.config, self.channels = config, config.channels
+        diffusers = require("diffusers", "wan")
+        folder = vae_folder(config.weights).rstrip("/")
+        try:
+            self.model, report = diffusers.AutoencoderKLWan.from_pretrained(
+                config.weights,
+                subfolder=folder or None,
+                torch_dtype=getattr(torch, config.dtype),
+                use_safetensors=True,
+                low_cpu_mem_usage=False,  # True would need one more library
+                output_loading_info=True,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{config.weights}: not the weights of Wan's VAE ({reason})") from None
+        if odd := report["missing_keys"] + report["unexpected_keys"]:
+            raise UserError(f"{config.weights} does not fit Wan's VAE: {odd[0]}")
+        if config.tile:
+            self.model.enable_tiling(
+                config.tile, config.tile, config.tile * 3 // 4, config.tile * 3 // 4
+            )
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(self.model.config, f"latents_{name}"))
+            self.register_buffer(name, values.view(-1, 1, 1, 1))
+        self.to(device).eval().requires_grad_(False)
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return (T, h, w) = ((F - 1) / 4 + 1, H / 8, W / 8); ValueError names what fits."""
+        return self.config.grid(frames, height, width)
+
+    @torch.no_grad()
+    def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance of normalised latents, (B, C, T, h, w) float32."""
+        self.grid(*video.shape[2:])
+        found = self.model.encode(video.to(self.model.dtype)).latent_dist
+        mean, log_variance = found.mean.float(), found.logvar.float()
+        return (mean - self.mean) / self.std, log_variance - 2 * self.std.log()
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Return normalised latents: (B, 3, F, H, W) in [-1, 1] -> (B, C, T, h, w) float32."""
+        return self.posterior(video)[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return video in [-1, 1]: (B, C, T, h, w) -> (B, 3, 4 (T - 1) + 1, H, W) float32."""
+        raw = (latents * self.std + self.mean).to(self.model.dtype)
+        return self.model.decode(raw).sample.float()

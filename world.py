@@ -72,8 +72,9 @@ class DataConfig:
 
     @property
     def semantic_frames(self) -> int:
-        """Frames of a clip at the low rate: an even number, for the encoder reads pairs."""
-        return 2 * max(1, ceil(self.seconds * self.semantic_fps / 2 - 1e-9))
+        """Frames of a clip at the low rate: as many pairs as begin before its last frame."""
+        last = (self.frames - 1) / self.fps
+        return 2 * max(1, ceil(last * self.semantic_fps / 2 - 1e-9))
 
 
 class Batch(NamedTuple):

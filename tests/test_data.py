@@ -18,13 +18,13 @@ from PIL import Image
 
 import data
 from data import (
-    DataError,
     Folder,
     contact_sheet,
     read_video,
     reference_clip,
     semantic_times,
 )
+from files import UserError
 from world import DataConfig, World
 
 CONFIG = DataConfig()
@@ -70,7 +70,9 @@ def write_captions(folder, *names):
 
 def open_folder(folder, config=CONFIG):
     said = []
-    return Folder(folder, config, said.append), said
+    opened = Folder(folder, config, said.append)
+    assert len(opened) > 0  # reads the videos
+    return opened, said
 
 
 VARIABLE = [250, 500, 100, 400, 750, 1000, 1500]  # milliseconds: 4.5 seconds
@@ -212,7 +214,7 @@ def test_a_broken_stream_is_skipped_even_if_it_starts_well(tmp_path):
     images[0].save(file, "png", save_all=True, append_images=images[1:], duration=200)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     write_captions(tmp_path, "a.apng")
-    with pytest.raises(DataError, match="no video can be used"):
+    with pytest.raises(UserError, match="no video can be used"):
         open_folder(tmp_path)
 
 
@@ -248,18 +250,18 @@ GOOD = '{"video": "a.webp", "caption": "one"}'
 def test_broken_captions_are_one_line(tmp_path, lines, said):
     write_animation(tmp_path / "a.webp", [1000])
     (tmp_path / "captions.jsonl").write_text(lines)
-    with pytest.raises(DataError, match=said) as error:
+    with pytest.raises(UserError, match=said) as error:
         open_folder(tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_folders_without_anything(tmp_path):
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         open_folder(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="neither"):
+    with pytest.raises(UserError, match="neither"):
         open_folder(tmp_path)
     (tmp_path / "file.mp4").touch()
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         open_folder(tmp_path / "file.mp4")
 
 

@@ -49,4 +49,4 @@ def test_overrides_shown_in_the_quick_start_are_valid():
     changed = flat_fields(override(tiny(), shown))
     for setting in shown:
         name, value = setting.split("=")
-        assert name in field_types(type(tiny())) and str(changed[name]) == value
+        assert name in field_types(changed) and str(changed[name]) == value

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import run as run_module
-from config import STAGES, Config, UserError, flat_fields, override, tiny
-from data import DataError
-from run import Run, command, export, faster_dtype, write_file
+from config import STAGES, Config, flat_fields, override, tiny
+from files import UserError, command, write_file
+from run import Run, export, faster_dtype
 
 PIXELS = ("data.height", "data.width", "data.semantic_height", "data.semantic_width")
 MICRO = [  # one second of 16 x 16 pixels, the smallest of everything; 6 steps on 8 clips
@@ -381,7 +381,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, function):
 # --- the command line ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [UserError, DataError, FileNotFoundError])
+@pytest.mark.parametrize("kind", [UserError, FileNotFoundError])
 def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(capsys, kind):
     def main():
         raise kind("the width is odd: choose an even one")
@@ -392,7 +392,7 @@ def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(capsys, kind):
     assert capsys.readouterr().err == "error: the width is odd: choose an even one\n"
 
 
-@pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError])
 def test_what_is_our_own_fault_shows_where(kind):
     def main():
         raise kind("a bug")

@@ -18,11 +18,11 @@ from test_run import call, one_line, random_run
 from torch import Tensor
 
 import sample
-from config import UserError, override, tiny
+from config import clip_frames, override, tiny
 from data import reference_clip
+from files import UserError
 from run import Run
 from sample import (
-    clip_frames,
     draw_noise,
     enlarge,
     generate,
@@ -291,13 +291,13 @@ def test_steps_are_network_calls(run, monkeypatch):
     ],
 )
 def test_length_is_a_whole_number_of_latents_and_pairs(tmp_path, settings, seconds, frames):
-    assert clip_frames(Run(tmp_path, override(tiny(), settings)), seconds) == frames
+    assert clip_frames(override(tiny(), settings), seconds) == frames
 
 
 @pytest.mark.parametrize("seconds", [0, 0.3, -2.0, math.nan, math.inf])
 def test_impossible_lengths(tmp_path, seconds):
     with pytest.raises(UserError, match="--seconds"):
-        clip_frames(Run(tmp_path, tiny()), seconds)
+        clip_frames(tiny(), seconds)
 
 
 def test_longer_than_trained(run):
@@ -378,7 +378,7 @@ def test_mp4_is_within_a_few_grey_levels(tmp_path, fps, size):
 
 def test_mp4_without_pyav_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"pip install .* or choose \.webp"):
+    with pytest.raises(UserError, match=r"semanticgen\[video\]"):
         write_video(tmp_path / "video.mp4", random_video(), 8.0)
     assert not list(tmp_path.iterdir())
 

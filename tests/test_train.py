@@ -23,14 +23,15 @@ from test_run import MICRO, call, micro, one_line, random_run
 from torch import Tensor, nn
 
 import train
-from config import STAGES, UserError
+from config import STAGES
+from files import UserError
 from flow import shift_time
 from run import NEEDS, Run
 from train import (
     build_optimizers,
     diffusion_loss,
     ema_decay,
-    encoded_clips,
+    encoded,
     lr_factor,
     step_generator,
     update_ema,
@@ -236,11 +237,11 @@ def test_loss_curves_are_drawn(trained):
 def test_statistics_normalise_latents_and_plans(trained):
     """After training, what the diffusion models see has zero mean and unit variance per channel."""
     dataset = few(trained)
-    latents = encoded_clips(trained, dataset, 8, "latents").transpose(0, 1).flatten(1)  # (C, N)
+    latents = encoded(trained, dataset, 8).latents(range(8))[0].transpose(0, 1).flatten(1)  # (C, N)
     assert latents.mean(1).abs().max() < 1e-3
     assert (latents.std(1) - 1).abs().max() < 1e-3
     compressor = trained.painter["compressor"]
-    features = encoded_clips(trained, dataset, 8, "features").float()
+    features = encoded(trained, dataset, 8).features(range(8))
     generator = torch.Generator().manual_seed(0)
     plans = []
     for _ in range(200):
@@ -367,7 +368,8 @@ def shown(run: Run, stage: str, scale: float = 0.0, step: int = 0):
     if stage == "latent":
         modules["compressor"] = run.painter["compressor"]
     modules["dit"] = Shown(scale)
-    loss, logs = diffusion_loss(run, modules, few(run), stage)(step_generator(0, stage, step))
+    clips = encoded(run, few(run), getattr(run.config.stages, stage).clips)
+    loss, logs = diffusion_loss(run, modules, clips, stage)(step_generator(0, stage, step))
     return loss, logs, modules
 
 
@@ -387,7 +389,7 @@ def drawn_noise(dit: Shown, data: Tensor) -> Tensor:
 @pytest.mark.parametrize("stage", ["latent", "base"])
 def test_flow_loss_by_hand(tmp_path, stage, scale):
     run = one_clip(tmp_path, stage, 300)
-    data = encoded_clips(run, few(run), 1, "latents")
+    data = encoded(run, few(run), 1).latents([0])[0]
     _, logs, modules = shown(run, stage, scale)
     dit = modules["dit"]
     noise = drawn_noise(dit, data)
@@ -415,13 +417,14 @@ def test_times_are_logit_normal_and_shifted(tmp_path, shift):
 
 def test_the_painters_first_loss_is_that_of_a_zero_velocity(tmp_path):
     run = one_clip(tmp_path, "latent", 64)
-    data = encoded_clips(run, few(run), 1, "latents")
+    data = encoded(run, few(run), 1).latents([0])[0]
     modules = run.build("latent")
     asked = {}
     modules["dit"].register_forward_pre_hook(
         lambda _, inputs: asked.update(z=inputs[0], t=inputs[1])
     )
-    _, logs = diffusion_loss(run, modules, few(run), "latent")(step_generator(0, "latent", 0))
+    clips = encoded(run, few(run), 1)
+    _, logs = diffusion_loss(run, modules, clips, "latent")(step_generator(0, "latent", 0))
     dit = Shown()
     dit.z, dit.t = asked["z"], asked["t"]
     expected = (drawn_noise(dit, data) - data).square().mean()
@@ -431,7 +434,7 @@ def test_the_painters_first_loss_is_that_of_a_zero_velocity(tmp_path):
 def test_the_kl_by_hand(tmp_path):
     run = one_clip(tmp_path, "latent", 5, "compressor.kl_weight=0.25")
     loss, logs, modules = shown(run, "latent")
-    features = encoded_clips(run, few(run), 1, "features").float()
+    features = encoded(run, few(run), 1).features([0])
     mean, log_variance = modules["compressor"].posterior(features)
     ours = torch.distributions.Normal(mean, (log_variance / 2).exp())
     kl = torch.distributions.kl_divergence(ours, torch.distributions.Normal(0.0, 1.0))
@@ -453,7 +456,7 @@ def test_plans_are_shown_with_noise_of_another_size_for_each_sample(tmp_path):
     compressor.std.fill_(3.0)
     surely(compressor)
     *_, modules = shown(run, "latent")
-    plan = compressor.encode(encoded_clips(run, few(run), 1, "features").float())
+    plan = compressor.encode(encoded(run, few(run), 1).features([0]))
     added = (modules["dit"].context - plan).flatten(1) / (0.5 * 3.0)  # (B, elements)
     sizes = added.square().mean(1).sqrt()  # |N(0, 1)|, of mean 0.80 and mean square 1
     assert abs(sizes.square().mean() - 1) < 0.1 and abs(sizes.mean() - 0.8) < 0.05
@@ -468,7 +471,7 @@ def test_the_planner_learns_normalised_plans(tmp_path):
     compressor.std *= 2.5
     surely(compressor)
     _, logs, modules = shown(run, "semantic")
-    plan = compressor.encode(encoded_clips(run, few(run), 1, "features").float())
+    plan = compressor.encode(encoded(run, few(run), 1).features([0]))
     data = (plan - compressor.mean) / 2.5
     noise = drawn_noise(modules["dit"], data)
     assert abs(noise[modules["dit"].t > 0.2].std() - 1) < 0.05
@@ -521,7 +524,7 @@ def test_one_batch_can_be_learned_by_heart(trained, tmp_path):
     run = copy_of(trained, tmp_path, NEEDS["latent"], "stages.latent.batch=4", *settings)
     torch.manual_seed(0)
     modules = run.build("latent").train()
-    loss_of = diffusion_loss(run, modules, few(run), "latent")
+    loss_of = diffusion_loss(run, modules, encoded(run, few(run), 8), "latent")
     optimizers = build_optimizers(modules, run.config.stages.latent)
     flows = []
     for _ in range(100):
@@ -639,8 +642,8 @@ def test_fresh_starts_over(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--preset", "gigantic"], ["name a preset", "tiny"]),
-        ([], ["name a preset", "tiny"]),
+        (["--preset", "gigantic"], ["gigantic", "choose tiny"]),
+        ([], ["--qwen", "7B", "--vae", "--text", "Wan-AI", "--tiny"]),
         (["--tiny", "--steps", "0"], ["--steps 0", "at least 1"]),
         (["--tiny", "--set", "latent.widht=64"], ["latent.widht", "latent.width"]),
         (["--tiny", "--set", "width=64"], ["width", "vae.width", "latent.width"]),

@@ -59,7 +59,7 @@ def test_patches_alone_go_back_to_the_video(T, h, w, time_patch, space_patch):
     video = clips(2, T * time_patch, h * space_patch, w * space_patch)
     if 3 * time_patch * space_patch**2 % 2:  # the halves of a patch stand for mean and log-variance
         video = torch.cat([video, video], 1)
-    halves = torch.cat(vae.posterior(video), 1)
+    halves = torch.cat(vae.raw_posterior(video), 1)
     assert halves.shape[2:] == vae.grid(*video.shape[2:]) == (T, h, w)
     assert vae.reconstruct(halves).equal(video)
 
@@ -68,7 +68,7 @@ def test_a_latent_sees_its_own_patch_and_paints_it():
     """Without residual blocks nothing crosses the borders of patches."""
     vae = awake(replace(SMALL, blocks=0))
     video = clips().requires_grad_()
-    mean, _ = vae.posterior(video)
+    mean, _ = vae.raw_posterior(video)
     raw = mean.detach().requires_grad_()
     painted = vae.reconstruct(raw)
     for t, y, x in [(0, 0, 0), (1, 1, 2), (0, 1, 0), (1, 0, 1)]:
@@ -117,10 +117,10 @@ def test_a_clip_does_not_depend_on_its_batch():
     vae, video = awake(), clips(3)
     video[1] *= 0.01
     video[2] += 3
-    raw = vae.posterior(video)[0]
+    raw = vae.raw_posterior(video)[0]
     painted = vae.reconstruct(raw)
     for i in range(3):
-        assert_close(vae.posterior(video[i : i + 1])[0], raw[i : i + 1])
+        assert_close(vae.raw_posterior(video[i : i + 1])[0], raw[i : i + 1])
         assert_close(vae.reconstruct(raw[i : i + 1]), painted[i : i + 1])
 
 
@@ -131,7 +131,7 @@ def test_a_clip_does_not_depend_on_its_batch():
 def test_the_loss_is_l1_plus_l2_plus_weighted_kl(weight):
     vae, video, noise = awake(replace(SMALL, kl_weight=weight)), clips(), randn(2, 3, 2, 2, 3)
     loss, log = vae.loss(video, noise)
-    mean, log_variance = vae.posterior(video)
+    mean, log_variance = vae.raw_posterior(video)
     posterior = Normal(mean, log_variance.exp().sqrt())
     kl = kl_divergence(posterior, Normal(0.0, 1.0)).mean()
     error = vae.reconstruct(posterior.loc + posterior.scale * noise) - video
@@ -196,7 +196,7 @@ def test_latents_have_the_statistics_of_the_clips_they_were_measured_on():
 @torch.no_grad()
 def test_decode_undoes_encode_whatever_the_statistics(statistics):
     vae, video = awake(), clips()
-    expected = vae.reconstruct(vae.posterior(video)[0]).clamp(-1, 1)
+    expected = vae.reconstruct(vae.raw_posterior(video)[0]).clamp(-1, 1)
     mean, std = torch.tensor(statistics).T.reshape(2, 3, 1, 1, 1)
     vae.mean.copy_(mean)
     vae.std.copy_(std)

@@ -1,0 +1,397 @@
+"""cache.py: what is read from a cache against encoding the same clips directly, and kills.
+
+A run of random weights encodes a folder of small animations. However often the work is killed, and
+by however many processes it is done, the folder that comes out is the same, byte for byte.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_run import MICRO, call, one_line, random_run
+
+import cache as cache_module
+import data
+import sample
+import train
+from cache import Cache, Memory, precompute
+from config import flat_fields
+from data import Folder
+from files import UserError
+from run import Run
+from world import World, to_float
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Groups of three videos, shards of four clips: all that can happen happens in few clips."""
+    monkeypatch.setattr(cache_module, "GROUP", 3)
+    monkeypatch.setattr(cache_module, "CLIPS", 4)
+
+
+def write_video(path: Path, seed: int, clips: int):
+    """Write a lossless animation of `clips` seconds at 8 frames a second, all frames different."""
+    rng = random.Random(seed)
+    frames = [Image.new("RGB", (16, 16), tuple(rng.randbytes(3))) for _ in range(8)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(
+        path, lossless=True, save_all=True, append_images=(frames * clips)[1:], duration=125
+    )
+
+
+def write_folder(folder: Path, videos: int) -> Path:
+    """Write videos of one to five clips, with captions of one to four words."""
+    rows = []
+    for k in range(videos):
+        write_video(folder / f"clips/{k}.webp", k, 1 + k * 2 % 5)
+        rows.append({"video": f"clips/{k}.webp", "caption": " ".join("abcd"[: 1 + k % 4])})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file of a folder."""
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    return random_run(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("videos"), 8)
+
+
+def silent(_: str):
+    pass
+
+
+def made(folder: Path, out: Path, run: Run, **options) -> Cache:
+    precompute(folder, out, run, **{"dtype": "float32", "say": silent, **options})
+    return Cache(out)
+
+
+# --- what is in it ------------------------------------------------------------------------------
+
+
+def test_a_cache_holds_what_the_parts_make_of_each_clip(tmp_path, run, folder):
+    found, clips = made(folder, tmp_path, run), Folder(folder, run.config.data)
+    assert len(found) == len(clips) == 24
+    assert len(list((tmp_path / "shards").iterdir())) == 3 + 2 + 2  # groups of 9, 7 and 8 clips
+    indices = [21, 0, 5, 13, 8, 4, 3]  # in any order, of all groups
+    batch = clips.batch(indices)
+    assert found.captions(indices) == batch.captions
+    for i, x in enumerate(indices):  # each alone, as it was encoded
+        mean, log_variance = run.vae.posterior(to_float(batch.video[i : i + 1]))
+        features = run.encoder.encode(to_float(batch.semantic_video[i : i + 1]))
+        assert torch.equal(found.latents([x])[0], mean)
+        assert torch.equal(found.latents([x])[1], log_variance)
+        assert torch.equal(found.features([x]), features)
+    assert torch.equal(found.text(indices), run.text.encode(batch.captions))
+    assert torch.equal(found.latents(indices)[0][2], found.latents([5])[0][0])
+
+
+def test_stored_in_half_precision(tmp_path, run, folder):
+    half = made(folder, tmp_path / "half", run, dtype="bfloat16")
+    full = made(folder, tmp_path / "full", run)
+    for one, other in ((half.latents([7]), full.latents([7])), (half.text([7]), full.text([7]))):
+        for a, b in zip(one, other, strict=True):
+            assert a.dtype == torch.float32 and torch.equal(a, b.bfloat16().float())
+    assert half.features([7]).dtype == torch.float32
+
+
+def test_no_text_is_padding_alone(tmp_path, run, folder):
+    """Tokens are kept without the padding, and get it back."""
+    found = made(folder, tmp_path, run)
+    shard = load_file(tmp_path / "shards/00000-0000.safetensors")
+    assert shard["0.text"].shape == (1, run.text.dim)  # "a"
+    assert found.text([0]).shape == (1, run.config.text.words, run.text.dim)
+
+
+def test_memory_offers_the_same_of_the_world(run):
+    world = World(run.config.data)
+    memory = Memory(run, world, 5)
+    batch = world.batch([3, 1])
+    assert len(memory) == 5 and memory.captions([3, 1]) == batch.captions
+    mean, log_variance = run.vae.posterior(to_float(batch.video))
+    torch.testing.assert_close(memory.latents([3, 1])[0], mean)
+    torch.testing.assert_close(memory.latents([3, 1])[1], log_variance)
+    features = run.encoder.encode(to_float(batch.semantic_video))
+    torch.testing.assert_close(memory.features([3, 1]), features, rtol=1e-2, atol=1e-2)
+    assert torch.equal(memory.text([3, 1]), run.text.encode(batch.captions))
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_there(tmp_path, run):
+    folder = write_folder(tmp_path / "videos", 4)
+    (folder / "clips/1.webp").write_bytes(b"")
+    whole = (folder / "clips/2.webp").read_bytes()
+    (folder / "clips/2.webp").write_bytes(whole[: len(whole) // 2])
+    with open(folder / "captions.jsonl", "a") as file:
+        file.write('{"video": "nowhere.webp", "caption": "x"}\n')
+        file.write('{"video": "clips/3.webp", "caption": " "}\n')
+    said = []
+    precompute(folder, tmp_path / "cache", run, say=said.append)
+    found = Cache(tmp_path / "cache")
+    lines = "\n".join(said).splitlines()
+    assert lines[0].endswith(f"{len(found)} clips of 6 videos, skipped:")
+    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+        *("clips/1.webp", "clips/2.webp", "nowhere.webp", "clips/3.webp")
+    ]
+    assert "no such file" in lines[3] and "no caption" in lines[4]
+    assert len(found) == len(Folder(folder, run.config.data, silent)) >= 3
+
+
+def test_nothing_readable_is_an_error_of_the_cache(tmp_path, run):
+    folder = write_folder(tmp_path / "videos", 1)
+    (folder / "clips/0.webp").write_bytes(b"")
+    precompute(folder, tmp_path / "cache", run, say=silent)
+    with pytest.raises(UserError, match="no clips"):
+        Cache(tmp_path / "cache")
+
+
+# --- kills and processes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_any_number_of_processes_makes_the_same_cache(tmp_path, run, folder, processes):
+    made(folder, tmp_path / "one", run)
+    for rank in reversed(range(processes)):
+        if rank == 0:
+            with pytest.raises(UserError, match="not finished"):
+                Cache(tmp_path / "many")
+        precompute(folder, tmp_path / "many", run, "float32", rank, processes, silent)
+    assert tree(tmp_path / "many") == tree(tmp_path / "one")
+
+
+def encode_until_killed(folder: Path, out: Path, run_path: Path, delay: float | None):
+    """In a process of its own: precompute, and be killed after `delay` seconds."""
+    torch.set_num_threads(1)
+    cache_module.GROUP, cache_module.CLIPS = 3, 4
+    run = Run.open(run_path)
+    if delay is not None:
+        kill = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+        kill.daemon = True
+        kill.start()
+    precompute(folder, out, run, "float32", say=silent)
+
+
+def test_killed_at_twenty_moments_and_started_again(tmp_path, run):
+    """The cache is that of an undisturbed run, byte for byte, and no clip is encoded twice."""
+    folder, out = write_folder(tmp_path / "videos", 60), tmp_path / "killed"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cache"])
+
+    def start(where: Path, delay: float | None) -> int:
+        process = context.Process(
+            target=encode_until_killed, args=(folder, where, run.path, delay), daemon=True
+        )
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert start(tmp_path / "undisturbed", None) == 0
+    rng, kills, written = random.Random(0), 0, {}
+    while (code := start(out, rng.uniform(0.0, 0.08))) != 0:
+        assert code == -signal.SIGKILL
+        kills += 1
+        for file in out.rglob("*.safetensors"):  # what is whole stays as it is
+            stamp = file.stat().st_mtime_ns
+            assert written.setdefault(file, stamp) == stamp, file
+        if kills >= 20:
+            assert start(out, None) == 0
+            break
+    assert kills >= 20, f"it was done after {kills} kills: give it more videos"
+    assert tree(out) == tree(tmp_path / "undisturbed")
+
+
+def test_a_finished_cache_is_left_alone(tmp_path, run, folder, monkeypatch):
+    made(folder, tmp_path, run)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    monkeypatch.setattr(cache_module, "encode_clip", None)
+    made(folder, tmp_path, run)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+# --- a stale cache ------------------------------------------------------------------------------
+
+
+def other_run(path: Path, run: Run, *settings: str) -> Run:
+    """Return a run with the same weights and other settings."""
+    other = random_run(path, *settings)
+    for stage in ("vae", "encoder"):
+        other.weights_file(stage).write_bytes(run.weights_file(stage).read_bytes())
+    return other
+
+
+def test_a_cache_fits_the_run_that_made_it_and_its_like(tmp_path, run, folder):
+    found = made(folder, tmp_path / "cache", run)
+    found.check(run)
+    found.check(other_run(tmp_path / "like", run, "latent.width=64", "stages.latent.batch=5"))
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("data.fps=4", "data.fps 8.0 -> 4.0"),
+        ("data.frames=16", "data.frames 8 -> 16"),
+        ("data.height=32 data.width=32", "data.height 16 -> 32"),
+        ("text.words=8", "text.words 16 -> 8"),
+    ],
+)
+def test_other_rates_and_sizes_are_named(tmp_path, run, folder, setting, said):
+    found = made(folder, tmp_path / "cache", run)
+    other = other_run(tmp_path / "other", run, *setting.split())
+    with pytest.raises(UserError, match="is stale") as error:
+        found.check(other)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="is stale"):
+        precompute(folder, tmp_path / "cache", other, "float32")
+
+
+@pytest.mark.parametrize("stage", ["vae", "encoder"])
+def test_other_weights_are_named(tmp_path, run, folder, stage):
+    found = made(folder, tmp_path / "cache", run)
+    other = other_run(tmp_path / "other", run)
+    tensors = load_file(other.weights_file(stage))
+    next(iter(tensors.values())).flatten()[0] += 1
+    other.save(stage, tensors, {})
+    with pytest.raises(UserError, match=rf"is stale \({stage}.digest \w+ -> \w+\)"):
+        found.check(other)
+    other.weights_file(stage).unlink()
+    with pytest.raises(UserError, match="not trained yet"):
+        found.check(other)
+    with pytest.raises(UserError, match=f"has no {stage} yet"):
+        precompute(folder, tmp_path / "more", other)
+
+
+def test_another_precision_and_other_videos_are_not_mixed_in(tmp_path, run, folder):
+    made(folder, tmp_path / "cache", run)
+    with pytest.raises(UserError, match="stored float32 -> bfloat16"):
+        precompute(folder, tmp_path / "cache", run, "bfloat16")
+    more = write_folder(tmp_path / "videos", 9)
+    with pytest.raises(UserError, match=r"is stale \(videos"):
+        precompute(more, tmp_path / "cache", run, "float32")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format": 99}', b"\x00\xff"])
+def test_foreign_headers_are_one_line(tmp_path, run, folder, content):
+    made(folder, tmp_path, run)
+    (tmp_path / "cache.json").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        Cache(tmp_path)
+    assert "cache.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_header_changed_by_hand_is_noticed(tmp_path, run, folder):
+    made(folder, tmp_path, run)
+    file = tmp_path / "cache.json"
+    file.write_text(file.read_text().replace('"data.fps": 8.0', '"data.fps": 4.0'))
+    with pytest.raises(UserError, match="hash"):
+        Cache(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["short", "pickle", "gone"])
+def test_damaged_shards_are_one_line(tmp_path, run, folder, damage):
+    found = made(folder, tmp_path, run)
+    shard = tmp_path / "shards/00001-0000.safetensors"
+    if damage == "gone":
+        shard.unlink()
+    else:
+        content = shard.read_bytes()
+        shard.write_bytes(content[:100] if damage == "short" else b"\x80\x04." + content)
+    with pytest.raises(UserError, match="00001-0000") as error:
+        found.latents([9])
+    assert "\n" not in str(error.value)
+
+
+# --- training on it -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    monkeypatch.setattr(train.Metrics, "plot", lambda _: None)
+
+
+def trained(out: Path) -> dict[str, torch.Tensor]:
+    files = {p.name: load_file(p) for p in out.glob("*.safetensors")}
+    return {f"{file} {name}": x for file, content in files.items() for name, x in content.items()}
+
+
+def test_a_folder_is_encoded_first_and_a_cache_of_it_trains_the_same(
+    tmp_path, folder, quiet, monkeypatch, capsys
+):
+    """The command line, from videos to a sample of a reference; then again from a cache alone."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    common = ["--tiny", "--set", *MICRO, "--out"]
+    assert call(train.main, "--stage", "all", "--data", folder, *common, one) == 0
+    assert Cache(one / "cache").captions([0]) == ["a"]
+    assert call(data.main, "precompute", folder, "--run", one, "--out", tmp_path / "cache") == 0
+    assert tree(tmp_path / "cache") == tree(one / "cache")
+
+    Run.create(other, Run.open(one).config)
+    for stage in ("vae", "encoder"):
+        (other / f"{stage}.safetensors").write_bytes((one / f"{stage}.safetensors").read_bytes())
+    monkeypatch.setattr(Run, "encoder", property(lambda run: pytest.fail("encoder in memory")))
+    monkeypatch.setattr(Run, "text", property(lambda run: pytest.fail("text in memory")))
+    monkeypatch.setattr(train, "preview", lambda *_: None)
+    for stage in ("latent", "semantic"):
+        command = ["--stage", stage, "--data", tmp_path / "cache", *common, other]
+        assert call(train.main, *command) == 0
+    found, expected = trained(other), trained(one)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    monkeypatch.undo()
+    video = folder / "clips/0.webp"
+    assert call(sample.main, "--run", other, "--reference", video, "--out", tmp_path / "x.png") == 0
+    capsys.readouterr()
+    assert call(train.main, "--stage", "vae", "--data", tmp_path / "cache", *common, other) == 2
+    one_line(capsys, "has no pixels")
+    wrong = [*common[:2], *MICRO, "text.words=9", "--out"]
+    assert call(train.main, "--stage", "latent", "--data", tmp_path / "cache", *wrong, "no") == 2
+    one_line(capsys, "is stale", "text.words 16 -> 9")
+
+
+def test_latents_may_be_drawn_from_the_posterior(tmp_path, run, folder):
+    """Off, data is the mean; on, it has the posterior's deviation around it."""
+    clips = made(folder, tmp_path / "cache", run)
+    mean, log_variance = clips.latents([0])
+    seen = {}
+
+    class Net(torch.nn.Module):
+        def forward(self, z, t, text):
+            seen["data"] = z / (1 - t.view(-1, 1, 1, 1, 1))  # the noise is zero
+            return z
+
+    class OneClip(Cache):
+        def __len__(self):
+            return 1
+
+    for posterior in (False, True):
+        settings = ["stages.base.batch=500", f"stages.base.posterior={posterior}"]
+        other = other_run(tmp_path / str(posterior), run, *settings)
+        modules = torch.nn.ModuleDict({"dit": Net()})
+        loss = train.diffusion_loss(other, modules, OneClip(tmp_path / "cache"), "base")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "path", lambda data, noise, t: data * (1 - t.view(-1, 1, 1, 1, 1)))
+            loss(train.step_generator(0, "base", 0))
+        deviation = (seen["data"] - mean).square().mean(0).sqrt()
+        expected = (0.5 * log_variance[0]).exp() * posterior
+        assert (deviation - expected).abs().max() < 0.2 * max(1e-3, expected.max())
+
+
+def test_parts_come_back_from_a_cache(tmp_path, run, folder):
+    parts = made(folder, tmp_path, run).parts()
+    assert parts == {name: getattr(run.config, name) for name in parts}
+    assert parts.keys() == {"data", "vae", "encoder", "text"}
+    assert flat_fields(run.config.data) == flat_fields(parts["data"])

@@ -153,41 +153,44 @@ def encode_group(
     for shard in sorted((out / "shards").glob(f"{name}-*.safetensors")):
         packed += len({tensor.split(".")[0] for tensor in tensor_names(shard)})
 
-    def part(n: int) -> Path:
-        return out / "parts" / f"{name}-{n:07d}.safetensors"
-
-    def pack(first: int, end: int):
-        tensors = {}
-        for n in range(first, end):
-            tensors |= {f"{n - first}.{kind}": x for kind, x in load_file(part(n)).items()}
-        write_file(out / "shards" / f"{name}-{first // CLIPS:04d}.safetensors", save(tensors))
-
-    clips, skipped = [], []
-    for file, caption in videos:
-        text = None
-
-        def skip(reason: str, file=file):
+    clips, skipped, waiting = [], [], []  # waiting: parts that will be packed next
+    for v, (file, caption) in enumerate(videos):
+        found, parts, text = [], [], None
+        try:
+            for k, clip in enumerate(clips_of(folder / file, caption, run.config.data)):
+                found.append({"video": file, "clip": k, "caption": caption})
+                if len(clips) + k < packed:
+                    continue
+                parts.append(out / "parts" / f"{name}-{v:02d}-{k:05d}.safetensors")
+                if not parts[-1].exists():
+                    if text is None:
+                        text = run.text.encode([caption])[0]
+                        text = text[: int(text.any(1).sum())]  # without padding, whose rows are 0
+                    encoded = encode_clip(run, *clip, text, getattr(torch, dtype))
+                    write_file(parts[-1], save(encoded))
+        except UserError as error:
+            reason = str(error).removeprefix(f"{folder / file}: ")
             skipped.append([file, reason])
             bar.write(f"skipped {folder / file}: {reason}")
-
-        for k, clip in enumerate(clips_of(folder / file, caption, run.config.data, skip)):
-            n = len(clips)
-            clips.append({"video": file, "clip": k, "caption": caption})
-            if n >= packed and not part(n).exists():
-                if text is None:
-                    text = run.text.encode([caption])[0]
-                    text = text[: int(text.any(1).sum())]  # without padding, whose rows are zero
-                write_file(part(n), save(encode_clip(run, *clip, text, getattr(torch, dtype))))
-            if n >= packed and (n + 1) % CLIPS == 0:
-                pack(n + 1 - CLIPS, n + 1)
-                packed = n + 1
+            found, parts = [], []
+        clips, waiting = clips + found, waiting + parts
+        last = v == len(videos) - 1
+        while len(waiting) >= CLIPS or (waiting and last):
+            pack(out / "shards" / f"{name}-{packed // CLIPS:04d}.safetensors", waiting[:CLIPS])
+            packed, waiting = packed + len(waiting[:CLIPS]), waiting[CLIPS:]
         bar.update()
-    if len(clips) > packed:
-        pack(packed, len(clips))
-    for file in (out / "parts").glob(f"{name}-*.safetensors"):  # they are in shards now
+    for file in (out / "parts").glob(f"{name}-*.safetensors"):  # in shards now, or of no use
         file.unlink()
     index = {"clips": clips, "skipped": skipped}  # last: it says that the group is finished
     write_file(out / "groups" / f"{name}.json", json.dumps(index, indent=1).encode())
+
+
+def pack(shard: Path, parts: Sequence[Path]):
+    """Put clips that are files of their own into one file."""
+    tensors = {}
+    for row, part in enumerate(parts):
+        tensors |= {f"{row}.{kind}": x for kind, x in load_file(part).items()}
+    write_file(shard, save(tensors))
 
 
 @torch.no_grad()

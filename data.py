@@ -197,20 +197,14 @@ def list_videos(folder: Path) -> list[tuple[Path, str]]:
     return entries
 
 
-def clips_of(
-    file: Path, caption: str, config: DataConfig, skip: Callable[[str], None]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the clips of a captioned video (`cut`) as far as it can be read; else skip(reason)."""
-    found = 0
-    try:
-        if not caption:
-            raise UserError("no caption, or an empty one")
-        for clip in cut(file, config):
-            yield clip
-            found += 1
-    except UserError as error:
-        kept = f" (its first {found} clips are kept)" if found else ""
-        skip(str(error).removeprefix(f"{file}: ") + kept)
+def clips_of(file: Path, caption: str, config: DataConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the clips of a captioned video (`cut`).
+
+    UserError, perhaps after some clips, if it cannot be used: what breaks anywhere is not trusted.
+    """
+    if not caption:
+        raise UserError(f"{file}: no caption, or an empty one")
+    yield from cut(file, config)
 
 
 class Folder:
@@ -234,12 +228,11 @@ class Folder:
         """The file of each clip, which of its clips it is, and the caption."""
         clips = []
         for file, text in self.videos:
-
-            def skip(reason: str, file=file):
-                self.skipped.append((file, reason))
-                self.warn(f"skipped {file}: {reason}")
-
-            clips += [(file, k, text) for k in range(len(self._load(file, text, skip)))]
+            try:
+                clips += [(file, k, text) for k in range(len(self._load(file, text)))]
+            except UserError as error:
+                self.skipped.append((file, str(error).removeprefix(f"{file}: ")))
+                self.warn(f"skipped {error}")
         if self.skipped:
             self.warn(f"{self.path}: skipped {len(self.skipped)} of {len(self.videos)} videos")
         if not clips:
@@ -262,17 +255,14 @@ class Folder:
 
     def _clip(self, index: int) -> tuple[Tensor, Tensor]:
         file, k, text = self._clips[index]
-        return self._load(file, text, lambda reason: None)[k]
+        return self._load(file, text)[k]
 
-    def _load(
-        self, file: Path, caption: str, skip: Callable[[str], None]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _load(self, file: Path, caption: str) -> list[tuple[Tensor, Tensor]]:
         """Return all clips of a video at both rates, decoded once if memory allows."""
         if (file, caption) not in self._kept:
-            clips = list(clips_of(file, caption, self.config, skip))
+            clips = list(clips_of(file, caption, self.config))
             kept = sum(len(x) for x in self._kept.values()) + len(clips)
-            bytes_each = sum(x.numel() for x in clips[0]) if clips else 0
-            if self._kept and kept * bytes_each > self.MEMORY:
+            if self._kept and kept * (clips[0][0].numel() + clips[0][1].numel()) > self.MEMORY:
                 self._kept.popitem()  # the last one came last
             self._kept[file, caption] = clips
         return self._kept[file, caption]

@@ -49,11 +49,21 @@ def write_file(path: Path, data: bytes):
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional library when it is first needed; UserError names the extra to install."""
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        if error.name and error.name.split(".")[0] != module:  # it is there, something in it is not
-            raise UserError(f"{module} cannot be imported: {error}") from None
-        raise UserError(f'{module} is missing: pip install "semanticgen[{extra}]"') from None
+        library = importlib.import_module(module)
+        base = {"transformers": "PreTrainedModel", "diffusers": "AutoencoderKLWan"}.get(module)
+        if base:  # the bars and what is said are ours
+            library.logging.disable_progress_bar()
+            library.logging.set_verbosity_error()
+            getattr(library, base)  # imports most of it: what is broken shows now
+        return library
+    except Exception as error:  # the library's own, and what it makes of another one's
+        if isinstance(error, ImportError) and error.name == module:
+            raise UserError(f'{module} is missing: pip install "semanticgen[{extra}]"') from None
+        while cause := error.__cause__ or error.__context__:
+            error = cause
+        reason = " ".join(str(error).split())
+        hint = ": pip uninstall torchvision, nothing here needs it" if "torchvision" in reason else ""
+        raise UserError(f"{module} cannot be imported: {reason}{hint}") from None
 
 
 # --- released weights ---------------------------------------------------------------------------
@@ -71,13 +81,15 @@ def locate(weights: str, name: str) -> Path | None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights) or Path(weights).exists():
         raise UserError(f"{weights}: neither a folder with weights nor a hub id such as owner/name")
     require("huggingface_hub", "qwen")
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import constants, errors, hf_hub_download
 
     try:
         return Path(hf_hub_download(weights, name))
-    except errors.EntryNotFoundError:
-        return None
     except Exception as error:  # no network, no such repository, no permission: many classes
+        known = Path(constants.HF_HUB_CACHE, f"models--{weights.replace('/', '--')}").is_dir()
+        offline = isinstance(error, errors.LocalEntryNotFoundError)  # then the cache has to do
+        if isinstance(error, errors.EntryNotFoundError) and (known or not offline):
+            return None
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{weights} is no folder, and as a hub id it cannot be had: {reason[0]}"

@@ -300,7 +300,10 @@ class Run:
     @cached_property
     def encoder(self) -> SemanticEncoder:
         if self.released("encoder"):
-            return self._load_released("encoder", ENCODERS[self.config.encoder.kind])
+            kind = self.config.encoder.kind
+            if kind not in ENCODERS:
+                raise UserError(f"{self.path} was made with an encoder {kind!r}, not known here")
+            return self._load_released("encoder", ENCODERS[kind])
         return self.load("encoder")["encoder"]
 
     @cached_property

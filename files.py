@@ -4,6 +4,7 @@ Weights come from a folder or from a hub id (`Qwen/Qwen2.5-VL-3B-Instruct`) that
 Of a hub repository only the files that are asked for are fetched. Only safetensors are read.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -61,9 +62,15 @@ def require(module: str, extra: str) -> ModuleType:
             raise UserError(f'{module} is missing: pip install "semanticgen[{extra}]"') from None
         while cause := error.__cause__ or error.__context__:
             error = cause
-        reason = " ".join(str(error).split())
-        hint = ": pip uninstall torchvision, nothing here needs it" if "torchvision" in reason else ""
-        raise UserError(f"{module} cannot be imported: {reason}{hint}") from None
+        hint = ""
+        if "torchvision" in str(error):  # one that does not fit torch spoils both libraries
+            hint = " (nothing here needs torchvision: pip uninstall torchvision)"
+        raise UserError(f"{module} cannot be imported: {first_line(error)}{hint}") from None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # --- released weights ---------------------------------------------------------------------------
@@ -90,10 +97,18 @@ def locate(weights: str, name: str) -> Path | None:
         offline = isinstance(error, errors.LocalEntryNotFoundError)  # then the cache has to do
         if isinstance(error, errors.EntryNotFoundError) and (known or not offline):
             return None
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{weights} is no folder, and as a hub id it cannot be had: {reason[0]}"
+            f"{weights} is no folder, and as a hub id it cannot be had: {first_line(error)}"
         ) from None
+
+
+@contextlib.contextmanager
+def loading(weights: str, kind: str):
+    """Say in one line what a library raises while it loads weights of some kind."""
+    try:
+        yield
+    except Exception as error:  # OSError, SafetensorError, its own for settings, ...: many classes
+        raise UserError(f"{weights}: not {kind} ({first_line(error)})") from None
 
 
 def read_settings(weights: str, *names: str) -> dict:

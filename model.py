@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from swin import Stream, windowed_attention, windows
 
@@ -228,6 +229,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.scale_out = nn.Linear(width, width)
         self.latents_out = nn.Linear(width, patch_channels)
+        self.checkpoint = False  # recompute blocks in the backward pass, to save memory
         self.init_weights()
 
     def init_weights(self):
@@ -303,7 +305,12 @@ class DiT(nn.Module):
                 for shifted in (False, True)
             ]
         for layer, block in enumerate(self.blocks):
-            x = block(x, time, text, cos, sin, within_frame, over_time[layer % 2])
+            inputs = (x, time, text, cos, sin, within_frame, over_time[layer % 2])
+            x = (
+                checkpoint(block, *inputs, use_reentrant=False)
+                if self.checkpoint
+                else block(*inputs)
+            )
 
         x = x[:, : streams[0].frames * streams[0].tokens]  # the semantics have done their work
         x = self.latents_out(rms_norm(x) * (1 + self.scale_out(time)).to(x)[:, None])

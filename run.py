@@ -22,9 +22,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -76,20 +75,25 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@lru_cache
+def matmul_speed(device: torch.device, dtype: str) -> float:
+    """Return this device's floating-point operations per second in matrix products, measured."""
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a = a @ a / size**0.5
+        float(a[0, 0])  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
 def faster_dtype(device: torch.device) -> str:
     """Return "bfloat16" where its matrix products are clearly faster than float32's, measured."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.randn(1024, 1024, device=device).to(dtype)
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
-            a = a @ a / 32
-            float(a[0, 0])  # waits for the device
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return "bfloat16" if 1.3 * seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
+    speeds = (matmul_speed(device, dtype) for dtype in ("float32", "bfloat16"))
+    slow, fast = speeds
+    return "bfloat16" if fast > 1.3 * slow else "float32"
 
 
 @contextlib.contextmanager
@@ -157,6 +161,7 @@ class Run:
     def __init__(self, path: Path, config: Config, device: torch.device | None = None):
         self.path, self.config = Path(path), config
         self.device = device or default_device()
+        self.board = None  # a SummaryWriter of TensorBoard, if asked for
 
     @classmethod
     def create(cls, path: Path, config: Config) -> "Run":
@@ -368,30 +373,34 @@ class Run:
 class Metrics:
     """Averages of what each step logs, one JSON line at a time, and the loss curve."""
 
-    def __init__(self, path: Path, stage: str, step: int, pending: Sequence[dict] = ()):
-        self.path, self.stage, self.pending = path, stage, list(pending)
-        text = path.read_text() if path.exists() else ""
+    def __init__(self, run: Run, stage: str, step: int, pending: list[dict]):
+        """step: what training goes on from; pending: logs since the last line, added by others."""
+        self.path, self.stage, self.pending = run.path / "metrics.jsonl", stage, pending
+        self.board = run.board
+        text = self.path.read_text() if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
         lines = [json.loads(line) for line in whole.splitlines()]
         # Lines after the state that training goes on from will be written again.
         kept = [x for x in lines if x["stage"] != stage or x["step"] <= step]
         if kept != lines or whole != text:
-            write_file(path, "".join(json.dumps(x) + "\n" for x in kept).encode())
+            write_file(self.path, "".join(json.dumps(x) + "\n" for x in kept).encode())
 
-    def add(self, values: dict):
-        self.pending.append({name: float(value) for name, value in values.items()})
-
-    def write(self, step: int, factor: float, seconds: float) -> dict:
-        """Append the mean of what was added since the last line; empty bins are left out."""
-        line = {"stage": self.stage, "step": step, "lr": factor, "seconds": round(seconds, 2)}
-        for name in self.pending[0]:
-            values = [x[name] for x in self.pending if not math.isnan(x[name])]
-            if values:
-                line[name] = round(sum(values) / len(values), 6)
-        self.pending = []
+    def write(self, step: int, now: dict, clock: dict) -> dict:
+        """Append the means of what is pending; now, clock: values of the moment, and timings."""
+        line = {"stage": self.stage, "step": step, **now}
+        line |= {name: float(f"{value:.4g}") for name, value in clock.items()}
+        for name in dict.fromkeys(name for x in self.pending for name in x):
+            values = [x[name] for x in self.pending if not math.isnan(x.get(name, math.nan))]
+            if values:  # empty bins of t are left out
+                mean = sum(values) / len(values)
+                line[name] = round(sum(values) if name == "skipped" else mean, 6)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in line.items():
+                if name not in ("stage", "step"):
+                    self.board.add_scalar(f"{self.stage}/{name}", value, step)
         return line
 
     def plot(self):

@@ -18,10 +18,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from files import UserError, digest, read_settings, require, tensor_files
+from files import UserError, digest, loading, read_settings, require, tensor_files
 
 
 class SemanticEncoder(Protocol):
@@ -165,16 +165,23 @@ class Captioner(nn.Module):
             x = block(x, memory, tgt_mask=mask.to(memory), tgt_is_causal=True)
         return self.head(self.norm(x))
 
-    def loss(self, features: Tensor, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return next-word cross-entropy to the first `end`; logs the share of captions right."""
-        ids = self.tokenize(captions).to(features.device)
-        used = max(len(caption.split()) for caption in captions) + 1
-        ids = ids[:, : min(used, self.words + 1)]  # (B, M)
+    @classmethod
+    def lengths(cls, ids: Tensor) -> Tensor:
+        """Return how many ids of each caption (B, words + 1) are predicted: up to the first end."""
+        return (ids != cls.end).sum(1) + 1  # (B,)
+
+    def loss(self, features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return next-word cross-entropy, summed over a caption, and whether it is right in full.
+
+        features: (B, d, S, hs, ws); ids: (B, words + 1) of `tokenize`. Returns (B,), (B,) 0 or 1.
+        """
+        lengths = self.lengths(ids)
+        ids = ids[:, : int(lengths.max())]  # (B, M)
         logits = self(features, F.pad(ids[:, :-1], (1, 0), value=self.end)).float()
-        ended = (ids == self.end).cumsum(1) > 1  # past the first `end`: no loss
+        counted = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, M)
         loss = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
-        right = (logits.argmax(-1) == ids) | ended
-        return loss[~ended].mean(), {"exact": right.all(1).float().mean()}
+        right = (logits.argmax(-1) == ids) | ~counted
+        return (loss * counted).sum(1), right.all(1).float()
 
 
 # --- released encoders --------------------------------------------------------------------------
@@ -270,8 +277,13 @@ class QwenVisionTower(nn.Module):
             config = configuration.Qwen2_5_VLVisionConfig(**{**settings, **changes})
             return transformers.Qwen2_5_VisionTransformerPretrainedModel(config)
 
-        with torch.device("meta"):  # no memory and no random numbers for what is read anyway
-            tower = build()
+        # RoPE's frequencies are in no checkpoint, must stay float32, and depend on the heads' width
+        # alone: a tower of one head without blocks has them.
+        with loading(weights, "a vision tower"), torch.random.fork_rng(devices=[]):
+            head = settings["hidden_size"] // settings["num_heads"]
+            small = build(hidden_size=head, num_heads=1, depth=0)
+            with torch.device("meta"):  # no memory for what is read anyway
+                tower = build()
         wanted = tower.state_dict()
         if odd := sorted(wanted.keys() ^ sources.keys()):
             what = "lacks" if odd[0] in wanted else "has, but should not,"
@@ -279,16 +291,15 @@ class QwenVisionTower(nn.Module):
         tower = tower.to(dtype).to_empty(device="cpu")
         for name, target in tower.state_dict().items():
             file, full_name = sources[name]
-            with safe_open(file, "pt") as content:  # anew each time: what was mapped is let go
-                source = content.get_tensor(full_name)
+            try:
+                with safe_open(file, "pt") as content:  # anew each time: what was mapped is let go
+                    source = content.get_tensor(full_name)
+            except SafetensorError as error:
+                raise UserError(f"{file}: {full_name} cannot be read: {error}") from None
             if source.shape != target.shape:
                 shapes = f"{tuple(source.shape)}, expected {tuple(target.shape)}"
                 raise UserError(f"{file}: {full_name} is {shapes}")
             target.copy_(source)
-        # RoPE's frequencies are in no checkpoint, must stay float32, and depend on the heads' width
-        # alone: a tower of one head without blocks has them.
-        head = settings["hidden_size"] // settings["num_heads"]
-        small = build(hidden_size=head, num_heads=1, depth=0)
         for name, buffer in small.rotary_pos_emb.named_buffers():
             setattr(tower.rotary_pos_emb, name, buffer.detach().clone())
         return tower
@@ -345,16 +356,14 @@ class VJEPA2(nn.Module):
         super().__init__()
         self.config, self.dim = config, config.dim
         transformers = require("transformers", "qwen")
-        try:
+        random = torch.random.fork_rng(devices=[])  # the caller's random numbers are not touched
+        with loading(config.weights, "the weights of V-JEPA 2"), random:
             self.model, report = transformers.VJEPA2Model.from_pretrained(
                 config.weights,
                 dtype=getattr(torch, config.dtype),
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{config.weights}: not the weights of V-JEPA 2 ({reason})") from None
         if missing := sorted(name for name in report["missing_keys"] if "predictor" not in name):
             raise UserError(f"{config.weights} lacks {missing[0]}: not the weights of V-JEPA 2")
         del self.model.predictor  # only the encoder's features are used

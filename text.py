@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from files import UserError, digest, locate, read_settings, require, tensor_files
+from files import UserError, digest, loading, locate, read_settings, require, tensor_files
 
 
 class TextEncoder(Protocol):
@@ -124,7 +124,8 @@ class UMT5(nn.Module):
         self.config, self.dim = config, config.dim
         transformers = require("transformers", "text")
         encoder, tokenizer = text_folders(config.weights)
-        try:
+        random = torch.random.fork_rng(devices=[])  # the caller's random numbers are not touched
+        with loading(config.weights, "a text encoder"), random:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 config.weights, subfolder=tokenizer
             )
@@ -135,9 +136,6 @@ class UMT5(nn.Module):
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, RuntimeError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{config.weights}: not a text encoder ({reason})") from None
         if missing := sorted(n for n in report["missing_keys"] if not n.startswith("pooler.")):
             raise UserError(f"{config.weights} lacks {missing[0]}: not the weights it says")
         self.to(device).eval().requires_grad_(False)

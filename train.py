@@ -2,6 +2,7 @@
 
     python train.py --stage all --tiny                   # from nothing to prompts, two CPU cores
     python train.py --stage latent --preset small        # one GPU
+    torchrun --nproc-per-node 8 train.py --stage latent --preset small             # several
     python train.py --stage all --tiny --data FOLDER     # your own videos
     python train.py --stage latent --data FOLDER --qwen WEIGHTS --vae WEIGHTS --text WEIGHTS
 
@@ -19,19 +20,21 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
 from cache import Cache, Memory, precompute
 from config import PRESETS, STAGES, Config, StageConfig, override, preset
 from data import Folder, contact_sheet
-from files import UserError, command
-from flow import flow_loss, path, sample_time
+from files import UserError, command, require
+from losses import stage_loss
+from parallel import Team, get_state, local, set_state, shared_like, whole
 from run import (
     FLAGS,
     Metrics,
@@ -39,16 +42,15 @@ from run import (
     add_part_flags,
     check_weights_named,
     computing,
+    matmul_speed,
     parts_from_flags,
 )
-from semantic import Captioner
 from text import piece_seed
 from world import World, to_float, to_uint8
 
-Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, Tensor]]]
-
 LOG_EVERY = 20  # steps per line of metrics.jsonl
 SAVE_EVERY = 200  # steps per training state
+PATIENCE = 5  # steps in a row that may be skipped for a loss or gradient that is not finite
 
 
 def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
@@ -56,7 +58,9 @@ def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(piece_seed(f"{seed} {stage} {step}") % 2**63)
 
 
-def encoded(run: Run, dataset: World | Folder | Cache, clips: int) -> Memory | Cache:
+def encoded(
+    run: Run, dataset: World | Folder | Cache, clips: int, team: Team | None = None
+) -> Memory | Cache:
     """Return the clips as the frozen parts encode them: computed once, not again in each step.
 
     A folder's go to a cache in the run's own folder first; of the world the first `clips` are used.
@@ -64,85 +68,13 @@ def encoded(run: Run, dataset: World | Folder | Cache, clips: int) -> Memory | C
     if isinstance(dataset, World):
         return Memory(run, dataset, min(clips, len(dataset)))
     if isinstance(dataset, Folder):
-        precompute(dataset.path, run.path / "cache", run)
+        team = team or Team()
+        precompute(dataset.path, run.path / "cache", run, rank=team.rank, processes=team.size)
         run.unload()
+        team.wait()
         dataset = Cache(run.path / "cache")
     dataset.check(run)
     return dataset
-
-
-# --- one loss for each stage ---------------------------------------------------------------------
-
-
-def vae_loss(run: Run, modules: nn.ModuleDict, dataset, batch: int) -> Loss:
-    """Reconstruction and KL of fresh clips."""
-    vae, data = modules["vae"], run.config.data
-    grid = (vae.channels, *vae.grid(data.frames, data.height, data.width))
-
-    def loss(rng: torch.Generator):
-        indices = torch.randint(len(dataset), (batch,), generator=rng).tolist()
-        video = to_float(dataset.batch(indices).video).to(run.device)
-        return vae.loss(video, torch.randn(batch, *grid, generator=rng).to(run.device))
-
-    return loss
-
-
-def encoder_loss(run: Run, modules: nn.ModuleDict, dataset, batch: int) -> Loss:
-    """Captions of fresh clips, predicted from the features."""
-
-    def loss(rng: torch.Generator):
-        indices = torch.randint(len(dataset), (batch,), generator=rng).tolist()
-        video = to_float(dataset.semantic_video(indices)).to(run.device)
-        return modules["captioner"].loss(modules["encoder"](video), dataset.captions(indices))
-
-    return loss
-
-
-def diffusion_loss(run: Run, modules: nn.ModuleDict, clips: Memory | Cache, stage: str) -> Loss:
-    """Flow matching (Eq. 3) of painter, planner or base; with KL where the plans are learned."""
-    config: StageConfig = getattr(run.config.stages, stage)
-    dit, device = modules["dit"], run.device
-    compressor = modules["compressor"] if stage == "latent" else None
-    if stage == "semantic":
-        compressor = run.painter["compressor"]
-
-    def loss(rng: torch.Generator):
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=rng).to(device)
-
-        def keep(dropout: float) -> Tensor:
-            return (torch.rand(config.batch, generator=rng) >= dropout).to(device)
-
-        indices = torch.randint(len(clips), (config.batch,), generator=rng)
-        tokens = clips.text(indices).to(device) * keep(config.text_dropout)[:, None, None]
-        conditions, z, kl = {}, None, None
-        if stage != "base":
-            features = clips.features(indices).to(device)
-            noise = normal(len(features), compressor.channels, *features.shape[2:])
-            z, kl = compressor(features, noise)
-        if stage == "latent":
-            context = compressor.perturb(z, normal(config.batch), normal(*z.shape))
-            conditions = {"context": context, "keep_context": keep(config.context_dropout)}
-        if stage == "semantic":
-            data = compressor.normalise(z)
-        else:
-            data, log_variance = (x.to(device) for x in clips.latents(indices))
-            if config.posterior:
-                data = data + normal(*data.shape) * (0.5 * log_variance).exp()
-        noise = normal(*data.shape)
-        t = sample_time(config.batch, config.time, config.shift, rng).to(device)
-        velocity = dit(path(data, noise, t), t, tokens, **conditions)
-        by_sample = flow_loss(velocity, data, noise)  # (B,)
-        logs = {"flow": by_sample.detach().mean()}
-        for i in range(4):  # the loss by quarters of t
-            inside = (t * 4).long().clamp(max=3) == i
-            logs[f"flow_t{i}"] = by_sample.detach()[inside].mean() if inside.any() else torch.nan
-        if stage != "latent":
-            return by_sample.mean(), logs
-        logs |= {"kl": kl.detach().sum(), "active_channels": (kl.detach() > 0.1).sum()}
-        return by_sample.mean() + compressor.config.kl_weight * kl.sum(), logs
-
-    return loss
 
 
 # --- optimisation --------------------------------------------------------------------------------
@@ -206,145 +138,252 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+class Progress:
+    """Where a stage is, and what it has by then: all that a training state holds."""
+
+    def __init__(self, run: Run, stage: str, losses: nn.Module, seed: int):
+        self.run, self.stage, self.losses, self.seed = run, stage, losses, seed
+        self.config: StageConfig = getattr(run.config.stages, stage)
+        self.ema = {name: x.detach().clone() for name, x in losses.state_dict().items()}
+        self.optimizers = build_optimizers(losses, self.config)
+        self.step = self.bad = 0  # steps done; of these the last so many were skipped
+        self.seconds = 0.0  # of training, over all sittings
+        self.pending: list[dict] = []  # logs of steps that have no line in metrics.jsonl yet
+
+    def save(self, team: Team):
+        """Write a state; the old one stays until the new one is complete."""
+        state = get_state(self.losses, self.optimizers)
+        state["ema"] = {name: whole(x).cpu() for name, x in self.ema.items()}
+        for name in ("step", "bad", "seconds", "seed", "pending"):
+            state[name] = getattr(self, name)
+        if team.first:
+            self.run.save_state(self.stage, state)
+
+    def load(self):
+        """Go on from the saved state, if there is one; UserError if it does not fit."""
+        state = self.run.load_state(self.stage)
+        if not state:
+            return
+        try:
+            began_with = state["seed"]
+            self.step, self.bad, self.seconds = state["step"], state["bad"], state["seconds"]
+            self.pending = state["pending"]
+            set_state(self.losses, self.optimizers, state)
+            for name, x in self.ema.items():
+                if state["ema"][name].shape != x.shape:
+                    raise ValueError(f"its {name} has another shape")
+                local(x).copy_(local(shared_like(state["ema"][name], x)))
+        except (KeyError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+            raise UserError(
+                f"{self.run.state_file(self.stage)} does not fit this run ({reason}): "
+                "--fresh starts over"
+            ) from None
+        if began_with != self.seed:
+            raise UserError(
+                f"{self.run.path} was begun with --seed {began_with}: give it, or --fresh"
+            )
+
+
 # --- the loop ------------------------------------------------------------------------------------
 
 
-def train_stage(run: Run, stage: str, dataset, seed: int):
+def train_stage(run: Run, stage: str, dataset, seed: int, team: Team | None = None):
     """Train one stage to the end of its steps, from its saved state if there is one."""
     config: StageConfig = getattr(run.config.stages, stage)
+    team = team or Team()
+    rows = team.rows(config.batch, config.accumulate)
+    clips = None
+    if stage not in ("vae", "encoder"):
+        clips = encoded(run, dataset, config.clips, team)
     torch.manual_seed(piece_seed(f"{seed} {stage}") % 2**63)  # initial weights
-    modules = run.build(stage)
-    if stage == "encoder":
-        modules["captioner"] = Captioner(run.config.encoder, vocabulary(dataset))
-    modules.to(run.device).train()
-    clips = encoded(run, dataset, config.clips) if stage in ("latent", "semantic", "base") else None
+    losses = stage_loss(run, stage, dataset, clips)
     if stage == "latent":
         features = clips.features(range(enough(clips, 2**15)))
-        modules["compressor"].set_feature_statistics(features.to(run.device))
-    ema = {name: x.detach().clone() for name, x in modules.state_dict().items()}
-    optimizers = build_optimizers(modules, config)
-    state = run.load_state(stage)
-    step, seconds, pending = 0, 0.0, []
-    if state:
-        try:
-            step, seconds = state["step"], state["seconds"]
-            pending = state.get("pending", [])  # runs begun before it was kept
-            modules.load_state_dict(state["modules"])
-            ema = {name: x.to(run.device) for name, x in state["ema"].items()}
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            began_with = state.get("seed", seed)
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(
-                f"{run.state_file(stage)} does not fit this run ({reason}): --fresh starts over"
-            ) from None
-        if began_with != seed:
-            raise UserError(f"{run.path} was begun with --seed {began_with}: give it, or --fresh")
-    if step >= config.steps and run.has(stage):
-        print(f"{stage}: already trained for {step} steps")
+        losses["compressor"].set_feature_statistics(features.to(run.device))
+    flops = count_flops(run, losses, step_generator(seed, stage, 0), rows)
+    prepare(losses, config)
+    wrapped = team.wrap(losses, run.device)
+    progress = Progress(run, stage, losses, seed)
+    progress.load()
+    if progress.step >= config.steps and run.has(stage):
+        if team.first:
+            print(f"{stage}: already trained for {progress.step} steps")
         return
-    parameters = [p for p in modules.parameters() if p.requires_grad]
-    print(
-        f"{stage}: {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, steps {step} to "
-        f"{config.steps} of {config.batch} clips, {run.config.dtype} on {run.device.type}"
-    )
-    if stage == "vae":
-        loss_of = vae_loss(run, modules, dataset, config.batch)
-    elif stage == "encoder":
-        loss_of = encoder_loss(run, modules, dataset, config.batch)
-    else:
-        loss_of = diffusion_loss(run, modules, clips, stage)
-    metrics = Metrics(run.path / "metrics.jsonl", stage, step, pending)
-
-    def save_state():
-        run.save_state(
-            stage,
-            {
-                "step": step,
-                "seconds": seconds,
-                "seed": seed,
-                "pending": metrics.pending,
-                "modules": modules.state_dict(),
-                "ema": ema,
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            },
+    parameters = [p for p in losses.parameters() if p.requires_grad]
+    if team.first:
+        print(
+            f"{stage}: {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, steps "
+            f"{progress.step} to {config.steps} of {config.batch} clips, {run.config.dtype} on "
+            f"{team.size} x {run.device.type}"
         )
+    metrics = None
+    if team.first:
+        metrics = Metrics(run, stage, progress.step, progress.pending)
+    peak = matmul_speed(run.device, run.config.dtype)
+    speed = {"clips_s": config.batch, "tokens_s": config.batch * losses.tokens, "mfu": flops / peak}
 
-    bar = tqdm(total=config.steps, initial=step, desc=stage, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=config.steps,
+        initial=progress.step,
+        desc=stage,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not team.first,
+    )
+    lap = time.perf_counter()  # the last time that was counted, and the steps since
     with Interrupt() as interrupt, bar:
-        while step < config.steps:
+        while progress.step < config.steps:
             start = time.perf_counter()
-            with computing(run.device, run.config.dtype):
-                loss, logs = loss_of(step_generator(seed, stage, step))
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            factor = lr_factor(step, config)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-                optimizer.step()
-                optimizer.zero_grad()
-            update_ema(ema, modules, ema_decay(step, config))
-            step += 1
-            if not torch.isfinite(loss):
-                raise UserError(
-                    f"{stage}: the loss is {loss.item()} at step {step}; lower lr or muon_lr"
-                )
-            seconds += time.perf_counter() - start
-            metrics.add({"loss": loss.detach(), "grad_norm": norm, **logs})
-            if step % LOG_EVERY == 0 or step == config.steps:
-                speed = config.batch / (time.perf_counter() - start)
-                line = metrics.write(step, factor, seconds)
-                bar.set_postfix(loss=f"{line['loss']:.4f}", clips_s=f"{speed:.0f}")
-                if line.get("active_channels") == 0 and step > config.warmup:
-                    bar.write(f"warning: step {step}: the plan has died (KL is 0); lower kl_weight")
+            values = one_step(progress, wrapped, parameters, rows, team)
+            progress.step += 1
+            progress.seconds += time.perf_counter() - start
+            progress.pending.append(values)
+            last = progress.step == config.steps
+            if progress.step % LOG_EVERY == 0 or last:
+                if team.first:
+                    each = (time.perf_counter() - lap) / len(progress.pending)
+                    line = metrics.write(
+                        progress.step,
+                        {"lr": lr_factor(progress.step - 1, config)},
+                        {"seconds": progress.seconds} | {k: v / each for k, v in speed.items()},
+                    )
+                    bar.set_postfix(
+                        loss=f"{line.get('loss', math.nan):.4f}", clips_s=f"{line['clips_s']:.0f}"
+                    )
+                    if line.get("active_channels") == 0 and progress.step > config.warmup:
+                        bar.write(
+                            f"warning: step {progress.step}: the plan has died (KL is 0); lower "
+                            "kl_weight"
+                        )
+                progress.pending.clear()
+                lap = time.perf_counter()
             bar.update()
-            if step % SAVE_EVERY == 0 or interrupt.wanted:
-                save_state()
-            if interrupt.wanted:
+            stop = team.any(interrupt.wanted)
+            if progress.step % SAVE_EVERY == 0 or stop:
+                progress.save(team)
+            if stop:
                 bar.write(
                     f"stopped; saved {run.state_file(stage)}: the same command goes on from it"
                 )
                 sys.exit(130)
-    note = {"steps": str(step), "seconds": f"{seconds:.0f}"}
-    finish(run, stage, modules, ema, dataset, clips, note)
-    save_state()
-    metrics.plot()
+            if config.preview_every and progress.step % config.preview_every == 0 and not last:
+                finish(progress, dataset, clips, team)
+    finish(progress, dataset, clips, team)
+    progress.save(team)
+    if team.first:
+        metrics.plot()
+    team.wait()
+
+
+def one_step(
+    progress: Progress,
+    wrapped: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    rows: Sequence[slice],
+    team: Team,
+) -> dict[str, float]:
+    """Take one optimizer step and return its logs; skip it if it would not be finite.
+
+    UserError after PATIENCE skipped ones in a row.
+    """
+    run, config, losses = progress.run, progress.config, progress.losses
+    logs: dict[str, list[Tensor]] = {}
+    seen = []  # the times of the batch, for the message if it cannot be used
+    for k, piece in enumerate(rows):
+        inputs = losses.draw(step_generator(progress.seed, progress.stage, progress.step), piece)
+        seen += inputs["t"].tolist() if "t" in inputs else []
+        team.sync(wrapped, k == len(rows) - 1)
+        with computing(run.device, run.config.dtype):
+            loss, found = wrapped(**inputs)
+        (loss / len(rows)).backward()
+        for name, x in {"loss": loss.detach(), **found}.items():
+            logs.setdefault(name, []).append(x.float().flatten())
+    norm = whole(nn.utils.clip_grad_norm_(parameters, config.grad_clip))
+    values = team.mean({name: torch.cat(x) for name, x in logs.items()})
+    values["grad_norm"] = float(norm)
+    factor = lr_factor(progress.step, config)
+    good = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+    for optimizer in progress.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        if good:
+            optimizer.step()
+        optimizer.zero_grad()
+    if good:
+        progress.bad = 0
+        update_ema(progress.ema, losses, ema_decay(progress.step, config))
+        return values
+    progress.bad += 1
+    if progress.bad >= PATIENCE:
+        rng = step_generator(progress.seed, progress.stage, progress.step)
+        indices = losses.indices(rng).tolist()
+        at = f"; t from {min(seen):.3f} to {max(seen):.3f}" if seen else ""
+        raise UserError(
+            f"{progress.stage}: loss {values['loss']} and gradient {values['grad_norm']} in "
+            f"{progress.bad} steps in a row, the last at step {progress.step + 1}{at}; clips "
+            f"{indices[:8]} ...; lower lr or muon_lr, the last saved state is intact"
+        )
+    return {"skipped": 1.0}
+
+
+def prepare(losses: nn.ModuleDict, config: StageConfig):
+    """Compile what is expensive and switch on recomputation, as the stage's configuration asks."""
+    networks = [losses[name] for name in ("dit", "encoder") if name in losses]
+    if "vae" in losses:
+        networks = [losses["vae"].encoder, losses["vae"].decoder]
+    for network in networks:
+        if config.checkpoint and hasattr(network, "checkpoint"):
+            network.checkpoint = True
+        if config.compile:
+            network.compile()
+
+
+def count_flops(run: Run, losses: nn.Module, rng: torch.Generator, rows: Sequence[slice]) -> float:
+    """Return this process's floating-point operations in one step, forward and backward, counted.
+
+    Of matrix products, attention and convolutions; recomputation is not counted.
+    """
+    inputs = losses.draw(rng, rows[0])
+    with FlopCounterMode(display=False) as counter, computing(run.device, run.config.dtype):
+        losses(**inputs)[0].backward()
+    losses.zero_grad(set_to_none=True)
+    return counter.get_total_flops() * len(rows)
 
 
 @torch.no_grad()
-def update_ema(ema: dict[str, Tensor], modules: nn.Module, decay: float):
+def update_ema(ema: dict[str, Tensor], losses: nn.Module, decay: float):
     """ema <- decay ema + (1 - decay) weights, in place."""
-    parameters = dict(modules.named_parameters())
-    torch._foreach_lerp_([ema[name] for name in parameters], list(parameters.values()), 1 - decay)
+    parameters = dict(losses.named_parameters())
+    torch._foreach_lerp_(
+        [local(ema[name]) for name in parameters],
+        [local(p) for p in parameters.values()],
+        1 - decay,
+    )
 
 
-def finish(
-    run: Run,
-    stage: str,
-    modules: nn.ModuleDict,
-    ema: dict[str, Tensor],
-    dataset,
-    clips: Memory | Cache | None,
-    note: dict[str, str],
-):
+def finish(progress: Progress, dataset, clips: Memory | Cache | None, team: Team):
     """Measure what later stages need, write the EMA weights and a preview."""
-    modules = modules.eval()
-    raw = {name: x.clone() for name, x in modules.state_dict().items()}
-    modules.load_state_dict(ema)
-    if stage == "vae":
-        some = dataset.batch(range(min(512, len(dataset))))
-        modules["vae"].set_statistics(to_float(some.video).to(run.device))
-    if stage == "latent":
-        features = clips.features(range(enough(clips, 2**16)))
-        modules["compressor"].set_statistics(features.to(run.device))
-    tensors = {k: x for k, x in modules.state_dict().items() if not k.startswith("captioner.")}
-    run.save(stage, tensors, note)
-    modules.load_state_dict(raw)
+    run, stage = progress.run, progress.stage
+    ema = {name: whole(x) for name, x in progress.ema.items()}
+    ema = {name: x for name, x in ema.items() if not name.startswith("captioner.")}
+    if team.first:
+        with torch.random.fork_rng():
+            modules = run.build(stage).to(run.device).eval()
+        modules.load_state_dict(ema)
+        if stage == "vae":
+            some = dataset.batch(range(min(512, len(dataset))))
+            modules["vae"].set_statistics(to_float(some.video).to(run.device))
+        if stage == "latent":
+            features = clips.features(range(enough(clips, 2**16)))
+            modules["compressor"].set_statistics(features.to(run.device))
+        note = {"steps": str(progress.step), "seconds": f"{progress.seconds:.0f}"}
+        run.save(stage, modules.state_dict(), note)
+        if stage != "encoder":
+            run.unload()
+            preview(run, stage, dataset, clips)
+    team.wait()
     run.unload()
-    if stage != "encoder":
-        preview(run, stage, dataset, clips)
 
 
 def enough(clips: Memory | Cache, tokens: int) -> int:
@@ -383,22 +422,17 @@ def preview(run: Run, stage: str, dataset, clips: Memory | Cache | None):
     contact_sheet(both, texts, run.path / "samples" / f"{stage}.png")
 
 
-def vocabulary(dataset) -> list[str]:
-    """Return the words of a dataset's captions, sorted."""
-    captions = dataset.captions(range(min(4096, len(dataset))))
-    return sorted({word for caption in captions for word in caption.lower().split()})
-
-
-def train(run: Run, stages: Sequence[str], dataset, seed: int):
+def train(run: Run, stages: Sequence[str], dataset, seed: int, team: Team | None = None):
     """Train the stages named, and before each what it needs and the run does not have yet."""
     for stage in stages:
         missing = [need for need in run.needs(stage) if not run.has(need)]
         if missing:
-            print(f"{stage} needs {' and '.join(missing)} first: training {' and '.join(missing)}")
-            train(run, missing, dataset, seed)
+            names = " and ".join(missing)
+            print(f"{stage} needs {names} first: training {names}")
+            train(run, missing, dataset, seed, team)
         if isinstance(dataset, Cache) and stage in ("vae", "encoder"):
             raise UserError(f"{dataset.path} has no pixels: train {stage} on the folder of videos")
-        train_stage(run, stage, dataset, seed)
+        train_stage(run, stage, dataset, seed, team)
 
 
 def configured(args: argparse.Namespace, out: Path, cache: Cache | None) -> Config:
@@ -438,6 +472,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
     parser.add_argument("--fresh", action="store_true", help="train the stages named anew")
+    parser.add_argument("--shard", action="store_true", help="FSDP2: weights in shares")
+    parser.add_argument("--tensorboard", action="store_true", help="metrics for TensorBoard too")
     add_part_flags(parser)
     args = parser.parse_args()
     out = args.out or Path("runs") / args.preset
@@ -447,21 +483,35 @@ def main():
         raise UserError("preset paper learns from real videos: give --data FOLDER (or CACHE)")
     if cache:
         cache.check(Run(out, config))
-    run = Run.create(out, config)
+    team = Team(args.shard)
+    if team.first:
+        run = Run.create(out, config)
+    team.wait()
+    run = Run.open(out)
+    if run.device.type == "cuda":
+        run.device = torch.device("cuda", team.local_rank)
+        torch.cuda.set_device(run.device)
     stages = [args.stage]
     if args.stage == "all":
         stages = [stage for stage in STAGES[:4] if not run.released(stage)]
     elif run.released(args.stage):
         raise UserError(f"--stage {args.stage}: it has released weights, nothing is to be trained")
-    if args.fresh:
+    if args.fresh and team.first:
         for stage in stages:
             run.forget(stage)
+    team.wait()
     try:
         data = config.data
         dataset = cache or (Folder(args.data, data) if args.data else World(data, "train"))
     except ValueError as error:
         raise UserError(str(error)) from None
-    train(run, stages, dataset, args.seed)
+    if args.tensorboard and team.first:
+        require("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.board = SummaryWriter(str(out / "tensorboard"))
+    train(run, stages, dataset, args.seed, team)
+    team.leave()
 
 
 if __name__ == "__main__":

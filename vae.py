@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from files import UserError, digest, locate, read_settings, require, tensor_names
+from files import UserError, digest, loading, locate, read_settings, require, tensor_names
 
 
 class VideoVAE(Protocol):
@@ -186,6 +186,13 @@ class WanVAEConfig:
     dtype: str = "float32"  # of its weights in memory
     tile: int | None = None  # pixels: larger frames are coded in tiles of this side, blended
 
+    def __post_init__(self):
+        patch = self.space_patch
+        if self.tile is not None and (self.tile % patch or self.tile < 2 * patch):
+            raise ValueError(
+                f"tile {self.tile}: must be a multiple of {patch}, at least {2 * patch}"
+            )
+
     @property
     def first(self) -> int:
         """Frames at the start that are a latent frame by themselves."""
@@ -244,7 +251,8 @@ class WanVAE(nn.Module):
         self.config, self.channels = config, config.channels
         diffusers = require("diffusers", "wan")
         folder = vae_folder(config.weights).rstrip("/")
-        try:
+        random = torch.random.fork_rng(devices=[])  # the caller's random numbers are not touched
+        with loading(config.weights, "the weights of Wan's VAE"), random:
             self.model, report = diffusers.AutoencoderKLWan.from_pretrained(
                 config.weights,
                 subfolder=folder or None,
@@ -253,15 +261,11 @@ class WanVAE(nn.Module):
                 low_cpu_mem_usage=False,  # True would need one more library
                 output_loading_info=True,
             )
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{config.weights}: not the weights of Wan's VAE ({reason})") from None
         if odd := report["missing_keys"] + report["unexpected_keys"]:
             raise UserError(f"{config.weights} does not fit Wan's VAE: {odd[0]}")
         if config.tile:
-            self.model.enable_tiling(
-                config.tile, config.tile, config.tile * 3 // 4, config.tile * 3 // 4
-            )
+            step = config.tile * 3 // 4 // config.space_patch * config.space_patch  # whole latents
+            self.model.enable_tiling(config.tile, config.tile, step, step)
         for name in ("mean", "std"):
             values = torch.tensor(getattr(self.model.config, f"latents_{name}"))
             self.register_buffer(name, values.view(-1, 1, 1, 1))

@@ -14,4 +14,9 @@ settings.load_profile("semanticgen")
 def on_the_cpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("run.default_device", lambda: torch.device("cpu"))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(
+            1
+        )  # the networks here are so small that more only wait for each other
         yield
+        torch.set_num_threads(threads)

@@ -1,0 +1,146 @@
+"""Many processes train one model: PyTorch's own engines around a stage's loss, and who does what.
+
+    torchrun --nproc-per-node 4 train.py ...          # DDP: every process holds all weights
+    torchrun --nproc-per-node 4 train.py ... --shard  # FSDP2: each holds a share of them
+
+All that is random at a step is drawn for the whole batch by every process, and each takes its rows:
+batches, their order and their noise do not depend on the number of processes. States hold whole
+tensors, gathered by torch.distributed.checkpoint, so a run may stop with N processes and go on with
+M, sharded or not. Without torchrun there is one process, and nothing here does anything.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from files import UserError
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Team:
+    """The processes of this training, as torchrun started them, or one alone."""
+
+    def __init__(self, shard: bool = False):
+        """Join the others. shard: weights, gradients and optimizer states are held in shares."""
+        self.shard = shard
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if (shard or self.size > 1) and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
+
+    def rows(self, batch: int, accumulate: int) -> list[slice]:
+        """Return this process's rows of a batch, in `accumulate` pieces; UserError if uneven."""
+        piece, left = divmod(batch, self.size * accumulate)
+        if left or not piece:
+            raise UserError(
+                f"batch {batch} cannot be shared evenly by {self.size} processes in "
+                f"{accumulate} pieces each: choose a multiple of {self.size * accumulate}"
+            )
+        start = self.rank * accumulate * piece
+        return [slice(start + k * piece, start + (k + 1) * piece) for k in range(accumulate)]
+
+    def wrap(self, losses: nn.Module, device: torch.device) -> nn.Module:
+        """Return what computes a loss and, in backward, the whole batch's gradient."""
+        if self.shard:
+            mesh = init_device_mesh(device.type, (self.size,))
+            for module in losses.modules():
+                if isinstance(module, nn.ModuleList):
+                    for block in module:
+                        fully_shard(block, mesh=mesh)
+            fully_shard(losses, mesh=mesh)
+        elif self.size > 1:
+            return DistributedDataParallel(losses)
+        return losses
+
+    def sync(self, wrapped: nn.Module, now: bool):
+        """Say whether the next backward pass averages gradients over the processes."""
+        if self.shard:
+            wrapped.set_requires_gradient_sync(now)
+        elif self.size > 1:
+            wrapped.require_backward_grad_sync = now
+
+    def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Return the mean of each value over its elements, pieces and processes; NaN not counted.
+
+        values: name -> any shape.
+        """
+        sums = torch.stack([x.double().nansum().cpu() for x in values.values()])
+        counts = torch.stack([(~x.isnan()).sum().cpu() for x in values.values()]).double()
+        if self.size > 1:
+            both = torch.stack([sums, counts])
+            dist.all_reduce(both)
+            sums, counts = both
+        return dict(zip(values, (sums / counts).tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any process says yes."""
+        if self.size == 1:
+            return flag
+        asked = torch.tensor(float(flag))
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def wait(self):
+        """Go on when all processes have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def leave(self):
+        """End the work together."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def whole(x: Tensor) -> Tensor:
+    """Return all of a tensor that may be held in shares; every process must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local(x: Tensor) -> Tensor:
+    """Return this process's share of a tensor that may be held in shares."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def shared_like(x: Tensor, model: Tensor) -> Tensor:
+    """Return a whole tensor on the model's device, in shares if the model is."""
+    x = x.to(model.device)
+    if isinstance(model, DTensor):
+        return distribute_tensor(x, model.device_mesh, model.placements)
+    return x
+
+
+def get_state(losses: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict:
+    """Return weights and optimizer states as whole tensors on the CPU, by parameter names."""
+    return {
+        "modules": get_model_state_dict(losses, options=WHOLE),
+        "optimizers": get_optimizer_state_dict(losses, list(optimizers), options=WHOLE),
+    }
+
+
+def set_state(losses: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: dict):
+    """Put back what `get_state` returned, whatever the number of processes was."""
+    set_model_state_dict(losses, state["modules"], options=WHOLE)
+    set_optimizer_state_dict(losses, list(optimizers), state["optimizers"], options=WHOLE)

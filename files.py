@@ -47,6 +47,17 @@ def write_file(path: Path, data: bytes):
         temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path):
+    """Remove what writers that were killed have left in a folder; not what one is writing now."""
+    for temporary in folder.glob(".*.tmp"):
+        try:
+            os.kill(int(temporary.name.split(".")[-2]), 0)  # asks whether that process is there
+        except (ProcessLookupError, ValueError, OverflowError):
+            temporary.unlink(missing_ok=True)
+        except PermissionError:  # it is, and somebody else's
+            pass
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional library when it is first needed; UserError names the extra to install."""
     try:

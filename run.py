@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import STAGES, Config, build, field_types, flat_fields
-from files import UserError, command, digest, write_file
+from files import UserError, command, digest, sweep, write_file
 from model import DiT
 from semantic import (
     ENCODERS,
@@ -190,6 +190,7 @@ class Run:
             run = cls(path, config)
             if config.dtype == "auto":
                 run.config = replace(config, dtype=faster_dtype(run.device))
+        sweep(run.path)
         content = {"format": FORMAT, "versions": versions(), "config": flat_fields(run.config)}
         write_file(run.path / "config.json", json.dumps(content, indent=1).encode())
         return run

@@ -1255,3 +1255,68 @@ def test_the_commands_import_no_extras():
     names = set(out.stdout.split())
     assert {"train", "torch", "safetensors"} <= names
     assert not names & {"transformers", "diffusers", "av", "matplotlib", "huggingface_hub"}
+
+
+# --- the whole recipe ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["umt5, pipeline"], indirect=True)
+def test_training_and_sampling_with_released_parts(
+    tmp_path, checkpoint, wan, text, monkeypatch, capsys
+):
+    """The paper's preset, made small: by the command line alone, from a folder of videos."""
+    from PIL import Image
+    from test_run import call, one_line
+
+    import sample
+    import train
+    from cache import Cache
+    from run import Run
+
+    videos, run = tmp_path / "videos", tmp_path / "run"
+    videos.mkdir()
+    for k in range(3):
+        frames = [Image.new("RGB", (40, 30), (60 * k, 9 * i, 100)) for i in range(25)]
+        frames[0].save(videos / f"{k}.webp", save_all=True, append_images=frames[1:], duration=125)
+        (videos / f"{k}.txt").write_text("a red circle")
+    sizes = ["frames=9", "fps=8", "semantic_fps=2", "height=16", "width=32"]
+    sizes += ["semantic_height=28", "semantic_width=56"]
+    small = [f"{dit}.{x}" for dit in ("latent", "semantic") for x in ("width=32", "depth=1")]
+    small += ["latent.heads=2", "semantic.heads=2", "sample.steps=2"]
+    small += [f"stages.{s}.{x}" for s in ("latent", "semantic") for x in ("steps=2", "batch=4")]
+    settings = ["--set", *(f"data.{x}" for x in sizes), *small]
+    common = ["--data", videos, "--out", run]
+    flags = ["--qwen", checkpoint, "--vae", wan[0], "--text", text[0]]
+
+    assert call(train.main, "--stage", "latent", *common, *settings, *flags[2:]) == 2
+    one_line(capsys, "--qwen", "Qwen/Qwen2.5-VL-3B-Instruct", "72B")
+    assert not run.exists()
+    assert call(train.main, "--stage", "latent", *common, *settings, *flags) == 0
+    assert call(train.main, "--stage", "semantic", *common, *settings) == 0  # it knows its parts
+    assert {p.stem for p in run.glob("*.safetensors")} == {"latent", "semantic"}
+    made = Cache(run / "cache")
+    assert len(made) == 6 and made.features([0]).shape == (1, 48, 1, 1, 2)
+    assert made.latents([0])[0].shape[1:] == (wan[1].config.z_dim, 3, 2, 4)
+    capsys.readouterr()
+    assert call(train.main, "--stage", "vae", *common, *settings) == 2
+    one_line(capsys, "released weights")
+
+    out = tmp_path / "out.webp"
+    assert call(sample.main, "--run", run, "a red circle", "--out", out) == 0
+    with Image.open(out) as video:
+        assert video.n_frames == 9
+    reference = ["--run", run, "--reference", videos / "1.webp", "--out", out]
+    assert call(sample.main, *reference) == 0
+    assert call(sample.main, "--run", run, "x", "--seconds", 2, "--out", out) == 0
+    with Image.open(out) as video:
+        assert video.n_frames == 17  # 4k + 1
+
+    moved = copied(checkpoint, tmp_path / "moved")
+    monkeypatch.setattr(Run, "has", lambda *_: True)
+    opened = Run.open(run)
+    opened.point_to({"encoder": describe_encoder(str(moved))})
+    assert opened.encoder.config.weights == str(moved)
+    edit_tensors(next(moved.glob("*1-of*.safetensors")), lambda x: x[min(x)].add_(1))
+    capsys.readouterr()
+    assert call(sample.main, *reference, "--qwen", moved) == 2
+    one_line(capsys, "was made with another encoder")

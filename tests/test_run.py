@@ -8,6 +8,7 @@ A file that is damaged, foreign, of another version or hostile gives one line th
 import json
 import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import run as run_module
 from config import STAGES, Config, flat_fields, override, tiny
-from files import UserError, command, write_file
+from files import UserError, command, sweep, write_file
 from run import Run, export, faster_dtype
 
 PIXELS = ("data.height", "data.width", "data.semantic_height", "data.semantic_width")
@@ -361,6 +362,17 @@ def test_a_file_is_written_whole(tmp_path):
     write_file(path, b"second")
     assert path.read_bytes() == b"second"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_what_killed_writers_left_is_swept_away(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead, alive = tmp_path / f".file.{process.pid}.tmp", tmp_path / f".file.{os.getpid()}.tmp"
+    others = [tmp_path / name for name in ("file", "file.1.tmp", ".file")]
+    for path in (dead, alive, *others):
+        path.touch()
+    sweep(tmp_path)
+    assert not dead.exists() and alive.exists() and all(path.exists() for path in others)
 
 
 @pytest.mark.parametrize("function", ["replace", "fsync"])

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
@@ -133,7 +133,7 @@ def precompute(
             left.unlink(missing_ok=True)
         if (out / "parts").is_dir() and not any((out / "parts").iterdir()):
             (out / "parts").rmdir()
-        summarise(out, [json.loads(file.read_text()) for file in finished], len(videos), say)
+        summarise(out, [read_group(file) for file in finished], len(videos), say)
 
 
 def encode_group(
@@ -169,9 +169,8 @@ def encode_group(
                     encoded = encode_clip(run, *clip, text, getattr(torch, dtype))
                     write_file(parts[-1], save(encoded))
         except UserError as error:
-            reason = str(error).removeprefix(f"{folder / file}: ")
-            skipped.append([file, reason])
-            bar.write(f"skipped {folder / file}: {reason}")
+            skipped.append([file, str(error).removeprefix(f"{folder / file}: ")])
+            bar.write(f"skipped {error}")
             found, parts = [], []
         clips, waiting = clips + found, waiting + parts
         last = v == len(videos) - 1
@@ -189,7 +188,10 @@ def pack(shard: Path, parts: Sequence[Path]):
     """Put clips that are files of their own into one file."""
     tensors = {}
     for row, part in enumerate(parts):
-        tensors |= {f"{row}.{kind}": x for kind, x in load_file(part).items()}
+        try:
+            tensors |= {f"{row}.{kind}": x for kind, x in load_file(part).items()}
+        except SafetensorError as error:
+            raise UserError(f"{part} is damaged ({error}): remove it") from None
     write_file(shard, save(tensors))
 
 
@@ -232,17 +234,30 @@ def hash_of(content) -> str:
 def read_header(path: Path) -> dict:
     """Return cache.json; UserError if it is not one of this version, or was changed by hand."""
     file = path / "cache.json"
+    header = read_json(file)
+    kinds = {"hash": str, "groups": int, "key": dict, "parts": dict}
+    if not isinstance(header, dict) or "format" not in header:
+        raise UserError(f"{file} is not a cache's header: no format in it")
+    if header["format"] != FORMAT:
+        raise UserError(f"{file}: format {header['format']!r}, this version reads {FORMAT}")
+    if odd := [name for name, kind in kinds.items() if type(header.get(name)) is not kind]:
+        raise UserError(f"{file}: its {odd[0]} is damaged; make the cache anew")
+    if header["hash"] != hash_of(header["key"]):
+        raise UserError(f"{file}: its hash is not that of its key; make the cache anew")
+    return header
+
+
+def read_group(file: Path) -> dict:
+    """Return a finished group's {"clips", "skipped"}; UserError if it is damaged."""
+    group = read_json(file)
     try:
-        header = json.loads(file.read_text())
-        if header["format"] != FORMAT:
-            raise UserError(f"{file}: format {header['format']}, this version reads {FORMAT}")
-        if header["hash"] != hash_of(header["key"]):
-            raise UserError(f"{file}: its hash is not that of its key; make the cache anew")
-        return header
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not readable as a cache's header: {error!r}") from None
+        whole = all(isinstance(clip["caption"], str) for clip in group["clips"])
+        whole = whole and all(len(entry) == 2 for entry in group["skipped"])
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{file} is damaged: remove it, and run data.py precompute again")
+    return group
 
 
 def refuse_other(path: Path, made_with: dict, wanted: dict):
@@ -265,6 +280,9 @@ class Cache:
         """Read the index. UserError if the cache is not finished or not readable."""
         self.path, self.header = Path(path), read_header(Path(path))
         self.clips: list[tuple[Path, int, str]] = []  # shard, row, caption
+        there = len(list((self.path / "groups").glob("*.json")))
+        if self.header["groups"] > there:  # before a list of as many names as a damaged file says
+            raise self._unfinished(self.header["groups"] - there)
         names = [f"{g:05d}" for g in range(self.header["groups"])]
         missing = [x for x in names if not (self.path / "groups" / f"{x}.json").exists()]
         if missing:

@@ -30,11 +30,23 @@ from vae import TinyVAE, TinyVAEConfig, WanVAEConfig
 from world import DataConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
-MAY_BE_ZERO = {  # other numbers must be above zero
-    *("latent.context_channels", "latent.context_rate", "semantic.context_channels"),
-    *("semantic.context_rate", "vae.kl_weight", "compressor.kl_weight", "compressor.noise"),
-    *("latent.time_features", "semantic.time_features"),
+LIMITS = {  # least and greatest of a number, by a field's last name or all of it
+    **dict.fromkeys(("context_channels", "context_rate", "kl_weight", "noise"), (0, 1e6)),
+    **dict.fromkeys(("blocks", "caption_blocks", "depth"), (1, 1000)),
+    **dict.fromkeys(("fps", "semantic_fps"), (0.01, 1000)),
+    "objects": (1, 2),
+    "log_variance": (-20, 10),
+    **dict.fromkeys(("steps", "clips", "preview_every"), (1, 1e9)),
+    **dict.fromkeys(("lr", "muon_lr"), (0, 10)),
+    **dict.fromkeys(("weight_decay", "warmup"), (0, 1e9)),
+    **dict.fromkeys(("final_lr", "ema", "text_dropout", "context_dropout"), (0, 1)),
+    "grad_clip": (1e-9, 1e9),
+    "shift": (1e-3, 1e3),
+    "sample.steps": (1, 10_000),
+    **dict.fromkeys(("guidance", "latent_guidance", "context_guidance"), (-100, 100)),
+    "base_guidance": (-100, 100),
 }
+LONGEST = 3600  # seconds of a video that is sampled
 STAGES = ("vae", "encoder", "latent", "semantic", "base")  # in the order of training
 
 
@@ -68,9 +80,6 @@ class StageConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)}: choose {' or '.join(known)}")
-        for name in ("steps", "batch", "clips", "shift", "accumulate", "preview_every"):
-            if not (getattr(self, name) or 1) > 0 or getattr(self, name) == 0:
-                raise UserError(f"{name}={getattr(self, name)}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -113,13 +122,25 @@ class Config:
         check_fit(self)
 
 
-def check_numbers(values: dict[str, object]):
-    """Raise UserError if a size, a rate or a weight among flat fields is below what it can be."""
-    for name, value in values.items():
-        least = 0 if name in MAY_BE_ZERO else 1e-12
-        number = isinstance(value, int | float) and name.split(".")[0] not in ("stages", "sample")
-        if number and name != "compressor.log_variance" and not least <= value < 1e9:
-            raise UserError(f"{name}={value}: must be above 0")
+def check_number(name: str, value: float, shown: str | None = None):
+    """Raise UserError if a number is beyond what its field can be; shown: as the user wrote it."""
+    least, greatest = LIMITS.get(name) or LIMITS.get(name.split(".")[-1]) or (
+        1 if isinstance(value, int) else 1e-6,
+        1e6,
+    )
+    if not least <= value <= greatest:  # nor is NaN
+        shown = shown or f"{name}={value}"
+        raise UserError(f"{shown}: at least {least:g}, at most {greatest:g}")
+
+
+def check_values(values: dict[str, object]):
+    """Raise UserError if a flat field has another type than it declares, or a number beyond it."""
+    for name in (kinds_of := field_types(values)).keys() & values.keys():
+        value, kinds = values[name], typing.get_args(kinds_of[name]) or (kinds_of[name],)
+        if type(value) not in kinds and not (float in kinds and type(value) is int):
+            raise UserError(f"{name}={value!r}: expected {kinds[0].__name__}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            check_number(name, value)
 
 
 def joints(values: dict[str, object]) -> dict[str, object]:
@@ -142,7 +163,7 @@ def joints(values: dict[str, object]) -> dict[str, object]:
 def check_fit(config: Config):
     """Raise UserError where the components' sizes do not fit each other."""
     values = flat_fields(config)
-    check_numbers(values)
+    check_values(values)
     for name, fits in joints(values).items():
         if values[name] != fits:
             raise UserError(f"{name} is {values[name]}, but the other parts need {fits}")
@@ -154,13 +175,13 @@ def check_fit(config: Config):
         plan = config.encoder.grid(data.semantic_frames, data.semantic_height, data.semantic_width)
         with torch.device("meta"):  # sizes only: nothing is computed
             if isinstance(config.vae, TinyVAEConfig):
-                TinyVAE(config.vae)
+                TinyVAE(replace(config.vae, blocks=1))  # all blocks are of one size
             if isinstance(config.encoder, TinyEncoderConfig):
-                TinyEncoder(config.encoder)
+                TinyEncoder(replace(config.encoder, blocks=1))
             Compressor(config.encoder.dim, config.compressor)
             for dit, grid in ((config.latent, latents), (config.semantic, plan)):
                 context = torch.empty(1, dit.context_channels, *plan)
-                DiT(replace(dit, depth=min(dit.depth, 1)))(  # all blocks are of one size
+                DiT(replace(dit, depth=1))(
                     torch.empty(1, dit.channels, *grid),
                     torch.empty(1),
                     torch.empty(1, 1, dit.text_dim),
@@ -331,9 +352,19 @@ def build_part(kind: type, name: str, values: dict, prefix: str = ""):
 
 
 def build(kind: type, values: dict, prefix: str = ""):
-    """Build a dataclass from flat fields; KeyError if one is not there."""
-    fields = dataclasses.fields(kind)
-    return kind(**{field.name: build_part(kind, field.name, values, prefix) for field in fields})
+    """Build a dataclass from flat fields.
+
+    A field that is not there (in a run that is older than the field) has its default; KeyError if
+    it has none.
+    """
+    made = {}
+    for field in dataclasses.fields(kind):
+        try:
+            made[field.name] = build_part(kind, field.name, values, prefix)
+        except KeyError:
+            if field.default is dataclasses.MISSING:
+                raise
+    return kind(**made)
 
 
 def field_types(values: dict, kind: type = Config, prefix: str = "") -> dict[str, type]:
@@ -369,7 +400,7 @@ def override(config: Config, settings: Sequence[str] = (), **parts) -> Config:
             raise UserError(f"--set {name}: {problem} {', '.join(near) or 'none'}")
         chosen[matches[0]] = parse_value(text, hints[matches[0]], matches[0])
     values |= chosen
-    check_numbers(values)
+    check_values(values)
     try:
         return build(Config, {**values, **joints(values), **chosen})
     except ValueError as error:
@@ -384,8 +415,9 @@ def clip_frames(config: Config, seconds: float) -> int:
     data, vae = config.data, config.vae
     whole = math.lcm(vae.time_patch, max(1, round(2 * data.fps / data.semantic_fps)))
     frames = round(seconds * data.fps / whole) * whole if math.isfinite(seconds) else 0
-    if frames < whole:
-        raise UserError(f"--seconds {seconds}: the shortest clip here is {whole / data.fps} s")
+    if not whole <= frames <= LONGEST * data.fps:
+        least = whole / data.fps
+        raise UserError(f"--seconds {seconds}: the shortest clip is {least} s, the longest an hour")
     return frames + vae.first
 
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property, partial
@@ -26,7 +27,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import Tensor
 
-from files import UserError, command, require, write_file
+from files import UserError, check_target, command, require, write_file
 from world import Batch, DataConfig, World
 
 
@@ -42,17 +43,33 @@ PILLOW = (".gif", ".webp", ".apng", ".png")  # read without PyAV
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".webp", ".apng")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # frames in a folder
 TOLERANCE = 1e-3  # seconds: some containers round timestamps to a millisecond
+LARGEST = 8192 * 4320  # pixels of a frame: a damaged file may claim any number, and memory for it
+STILL = 10.0  # seconds: a frame that stays longer, for hours perhaps, is cut to this
 Picture = Callable[[], Image.Image]  # only the frames that are used get converted to RGB
 
 
 def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
     """Yield (seconds until which it is on screen, picture) of each frame; the first starts at 0."""
     until = 0.0
-    with Image.open(path) as file:
+    with open_image(path) as file:
         for image in ImageSequence.Iterator(file):
             picture = image.copy()  # decodes, which also sets the duration
             until += (image.info.get("duration") or 100) / 1000  # players take 0 for 100 ms
             yield until, picture.copy
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image without decoding it; UserError if it claims to be larger than any video."""
+    with warnings.catch_warnings():  # Pillow would warn from its own limit on, and go on
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(path)
+    check_size(*image.size)
+    return image
+
+
+def check_size(width: int, height: int):
+    if width * height > LARGEST:
+        raise UserError(f"frames of {width} x {height} pixels: too large")
 
 
 def frames_by_av(path: Path) -> Iterator[tuple[float, Picture]]:
@@ -62,6 +79,7 @@ def frames_by_av(path: Path) -> Iterator[tuple[float, Picture]]:
         if not container.streams.video:
             raise UserError("there is no video in it")
         stream, first, start, before = container.streams.video[0], None, 0.0, None
+        check_size(stream.width, stream.height)
         usual = 1 / float(stream.average_rate or 25)  # seconds a frame
         for frame in container.decode(stream):
             if first is None:
@@ -85,7 +103,22 @@ def frames_by_name(folder: Path, fps: float) -> Iterator[tuple[float, Picture]]:
     """Likewise for a folder of images, in the order of their names, at a constant rate."""
     images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
     for k, image in enumerate(images, 1):
-        yield k / fps, lambda path=image: ImageOps.exif_transpose(Image.open(path))
+        yield k / fps, lambda path=image: ImageOps.exif_transpose(open_image(path))
+
+
+def without_long_stills(
+    frames: Iterable[tuple[float, Picture]],
+) -> Iterator[tuple[float, Picture]]:
+    """Cut what is on screen for longer than STILL to it.
+
+    Nothing happens in what is left out, and however long a file says that a frame stays, its clips
+    are few.
+    """
+    before = left_out = 0.0
+    for until, picture in frames:
+        left_out += max(0.0, until - before - STILL)
+        before = until
+        yield until - left_out, picture
 
 
 def frames_at(path: Path, times: Iterable[float], fps: float) -> Iterator[tuple[Image.Image, bool]]:
@@ -97,12 +130,14 @@ def frames_at(path: Path, times: Iterable[float], fps: float) -> Iterator[tuple[
     try:
         if path.is_dir():
             frames = frames_by_name(path, fps)
+        elif path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError("neither a file nor a folder")
         else:
             frames = (frames_by_pillow if path.suffix.lower() in PILLOW else frames_by_av)(path)
         times, picture = iter(times), None
         time = next(times)
         with closing(frames):
-            for until, picture in frames:
+            for until, picture in without_long_stills(frames):
                 image = None
                 while time < until - TOLERANCE:
                     image = image or picture()
@@ -116,7 +151,7 @@ def frames_at(path: Path, times: Iterable[float], fps: float) -> Iterator[tuple[
             yield image, False
     except Exception as error:  # whatever a decoder makes of a broken file
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        reason = (reason or type(error).__name__) if path.exists() else "no such file"
+        reason = (reason or type(error).__name__) if os.path.exists(path) else "no such file"
         raise UserError(f"{path}: {reason}") from None
 
 
@@ -172,6 +207,8 @@ def list_videos(folder: Path) -> list[tuple[Path, str]]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     listing = folder / "captions.jsonl"
+    if listing.exists() and not listing.is_file():
+        raise UserError(f"{listing} is not a file")
     if not listing.exists():
         files = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in VIDEOS)
         if not files:
@@ -186,7 +223,7 @@ def list_videos(folder: Path) -> list[tuple[Path, str]]:
         try:
             entry = json.loads(line)
             name, text = Path(entry["video"]), " ".join(entry["caption"].split())
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             form = '{"video": "relative/path.mp4", "caption": "..."}'
             raise UserError(f"{listing}, line {number}: expected {form}") from None
         if name.is_absolute() or ".." in name.parts:
@@ -239,6 +276,18 @@ class Folder:
             raise UserError(f"{self.path}: no video can be used; the first: {self.skipped[0][1]}")
         return clips
 
+    def check(self):
+        """Raise UserError if no video begins with a readable clip; stops at the first that does."""
+        first = None
+        for file, text in self.videos:
+            try:
+                with closing(clips_of(file, text, self.config)) as clips:
+                    next(clips)
+                return
+            except UserError as error:
+                first = first or error
+        raise UserError(f"{self.path}: no video can be used; the first: {first}")
+
     def __len__(self) -> int:
         return len(self._clips)
 
@@ -282,7 +331,8 @@ def contact_sheet(videos: Tensor, labels: Sequence[str], path: Path | None = Non
     numbers = np.linspace(0, F - 1, min(F, 8)).round().astype(int)
     width = max(480, len(numbers) * (W + gap) + gap)
     font = ImageFont.load_default(14)
-    texts = [textwrap.wrap(x, int((width - 2 * gap) / font.getlength("W"))) for x in labels]
+    columns = int((width - 2 * gap) / font.getlength("W"))
+    texts = [textwrap.wrap(x[:5000], columns, max_lines=20, placeholder=" ...") for x in labels]
     height = sum(len(text) * line + H + 2 * gap for text in texts)
     sheet = Image.new("RGB", (width, height), "white")
     draw, y = ImageDraw.Draw(sheet), 0
@@ -303,8 +353,12 @@ def contact_sheet(videos: Tensor, labels: Sequence[str], path: Path | None = Non
 
 def preview(args: argparse.Namespace):
     """Draw a sheet of the first clips of a folder, or of the synthetic world."""
-    if args.count < 1 or args.size < 1:
-        raise UserError("--count and --size must be at least 1")
+    for name, value, most in (("--count", args.count, 1000), ("--size", args.size, 1024)):
+        if not 1 <= value <= most:
+            raise UserError(f"{name} {value}: at least 1, at most {most}")
+    if args.out.suffix != ".png":
+        raise UserError(f"--out {args.out}: a sheet is a .png")
+    check_target(args.out)
     config = DataConfig(height=args.size, width=args.size)
     dataset = Folder(args.data, config) if args.data else World(config, "train")
     clips = dataset.batch(range(min(args.count, len(dataset))))
@@ -318,6 +372,7 @@ def precompute(args: argparse.Namespace):
     from config import override, preset
     from run import Run, check_weights_named, parts_from_flags
 
+    check_target(args.out, folder=True)
     base = Run.open(args.run).config if args.run else preset(args.preset)
     config = override(base, args.settings, **parts_from_flags(args))
     check_weights_named(config)

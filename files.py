@@ -21,30 +21,87 @@ import safetensors
 class UserError(ValueError):
     """Something the user can put right, in one line."""
 
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(message: str, longest: int = 2000) -> str:
+    """Return a message without line ends or control characters: a name of a file may hold any."""
+    if len(message) > longest:
+        message = f"{message[: longest // 2]} ... {message[-longest // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+
 
 def command(main: Callable[[], None]):
     """Run a command line's main: what the user can put right is one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not every name of a file has an encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except UserError as error:
+        refuse(str(error))
+    except OSError as error:
+        named = error.strerror and error.filename is not None
+        refuse(f"{error.filename}: {error.strerror}" if named else str(error))
+    except (MemoryError, RuntimeError) as error:
+        said = first_line(error)  # torch has no class of its own for the memory of a CPU
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|of memory", said):
+            raise
+        refuse(f"out of memory: make the clips, the batch or the model smaller ({said})")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def refuse(message: str):
+    """Say in one line what was wrong, and leave with exit code 2."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
 def write_file(path: Path, data: bytes):
     """Write a file whole or not at all: to a temporary name in the same folder, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    missing = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # what cannot be undone is not what went wrong
+            temporary.unlink(missing_ok=True)
+            for folder in missing:
+                folder.rmdir()
+        if isinstance(error, OSError) and error.errno:  # say which file, not its temporary name
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def check_target(path: Path, folder: bool = False):
+    """Raise UserError where a file, or a folder of them, could not be written when all is done."""
+    there = next(p for p in (path, *path.parents, Path()) if p.exists())
+    if folder and there == path and not path.is_dir():
+        raise UserError(f"{path} is a file: name a folder")
+    if not folder and path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    if there != path and not there.is_dir():
+        raise UserError(f"{path} cannot be written: {there} is a file, not a folder")
+    where = there if there.is_dir() else there.parent
+    if not os.access(where, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: no permission to write in {where}")
+
+
+def read_json(file: Path) -> object:
+    """Return what a JSON file holds; UserError if it is none, FileNotFoundError if not there."""
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise UserError(f"{file} is not a file")
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not readable as JSON: {first_line(error)}") from None
 
 
 def sweep(folder: Path):
@@ -126,10 +183,7 @@ def read_settings(weights: str, *names: str) -> dict:
     """Return the first JSON file of those names that the weights have; UserError if none."""
     for name in names:
         if file := locate(weights, name):
-            try:
-                settings = json.loads(file.read_text())
-            except ValueError as error:
-                raise UserError(f"{file} is not JSON: {error}") from None
+            settings = read_json(file)
             if not isinstance(settings, dict):
                 raise UserError(f"{file}: expected an object of settings")
             return settings
@@ -142,10 +196,10 @@ def tensor_files(weights: str, wanted: Callable[[str], bool], stem="model") -> d
     Only the files that hold them are fetched.
     """
     if index := locate(weights, f"{stem}.safetensors.index.json"):
-        try:
-            places = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{index} is not an index of safetensors") from None
+        content = read_json(index)
+        places = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+            raise UserError(f"{index} is not an index of safetensors")
         shards = {shard: locate(weights, shard) for n, shard in places.items() if wanted(n)}
         if missing := [shard for shard, file in shards.items() if file is None]:
             raise UserError(f"{weights} lacks {', '.join(missing)}, which its index names")

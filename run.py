@@ -33,8 +33,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from config import STAGES, Config, build, field_types, flat_fields
-from files import UserError, command, digest, sweep, write_file
+from config import STAGES, Config, build, check_values, field_types, flat_fields
+from files import (
+    UserError,
+    check_target,
+    command,
+    digest,
+    first_line,
+    read_json,
+    sweep,
+    write_file,
+)
 from model import DiT
 from semantic import (
     ENCODERS,
@@ -200,23 +209,28 @@ class Run:
         """Open a run folder; UserError if it is not one, or one of another version."""
         file = Path(path) / "config.json"
         try:
-            content = json.loads(file.read_text())
-            if content["format"] != FORMAT:
-                raise UserError(f"{file}: format {content['format']}, this version reads {FORMAT}")
-            values = content["config"]
-            known = field_types(values)
-            if values.keys() != known.keys():
-                odd = sorted(values.keys() ^ known.keys())
-                raise UserError(f"{file}: made by another version; fields that differ: {odd[:4]}")
-            return cls(Path(path), build(Config, values))
-        except FileNotFoundError:
+            content = read_json(file)
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{path} is no run; train one: python train.py --stage all --tiny --out {path}"
             ) from None
-        except UserError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is not readable as a run's configuration: {error!r}") from None
+        values = content.get("config") if isinstance(content, dict) else None
+        if not isinstance(values, dict) or "format" not in content:
+            raise UserError(f"{file} is not a run's configuration: no format and fields in it")
+        if content["format"] != FORMAT:
+            raise UserError(f"{file}: format {content['format']!r}, this version reads {FORMAT}")
+        if unknown := sorted(values.keys() - field_types(values).keys()):
+            raise UserError(f"{file}: made by another version; unknown fields: {unknown[:4]}")
+        try:
+            check_values(values)
+            config = build(Config, values)
+        except KeyError as error:
+            raise UserError(f"{file} lacks the field {error}") from None
+        except ValueError as error:
+            raise UserError(f"{file}: {error}") from None
+        if config.dtype == "auto":
+            config = replace(config, dtype=faster_dtype(default_device()))
+        return cls(Path(path), config)
 
     # Parts by stage, as they are trained and saved together.
 
@@ -255,6 +269,10 @@ class Run:
             self.state_file(name).unlink(missing_ok=True)
 
     def has(self, stage: str) -> bool:
+        """Return whether a stage's weights are there; UserError if something else is."""
+        for file in (self.weights_file(stage), self.state_file(stage)):
+            if file.exists() and not file.is_file():
+                raise UserError(f"{file} is not a file: remove it")
         return self.weights_file(stage).exists()
 
     def save(self, stage: str, tensors: dict[str, Tensor], note: dict[str, str]):
@@ -265,7 +283,7 @@ class Run:
     def load(self, stage: str) -> nn.ModuleDict:
         """Return a stage's trained modules, frozen; UserError if they are missing or do not fit."""
         file = self.weights_file(stage)
-        if not file.exists():
+        if not self.has(stage):
             raise UserError(
                 f"{self.path} has no {file.name} yet: python train.py --stage {stage} "
                 f"--preset {self.config.preset} --out {self.path}"
@@ -276,7 +294,7 @@ class Run:
             tensors = {name: x.float() for name, x in load_file(file).items()}
             modules.load_state_dict(tensors)
         except (safetensors.SafetensorError, RuntimeError) as error:
-            reason = str(error).splitlines()[-1].strip()
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             raise UserError(f"{file} does not fit this run's configuration: {reason}") from None
         return modules.to(self.device).eval().requires_grad_(False)
 
@@ -365,9 +383,8 @@ class Run:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch names many: a zip error, an unpickling error, ...
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise UserError(
-                f"{file} is not a training state ({reason}): --fresh starts over"
+                f"{file} is not a training state ({first_line(error)[:200]}): --fresh starts over"
             ) from None
 
 
@@ -378,9 +395,9 @@ class Metrics:
         """step: what training goes on from; pending: logs since the last line, added by others."""
         self.path, self.stage, self.pending = run.path / "metrics.jsonl", stage, pending
         self.board = run.board
-        text = self.path.read_text() if self.path.exists() else ""
+        text = self.path.read_text("utf-8", "replace") if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = read_metrics(self.path, whole)
         # Lines after the state that training goes on from will be written again.
         kept = [x for x in lines if x["stage"] != stage or x["step"] <= step]
         if kept != lines or whole != text:
@@ -414,19 +431,33 @@ class Metrics:
         matplotlib.use("agg")
         from matplotlib import pyplot
 
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        lines = read_metrics(self.path, self.path.read_text("utf-8", "replace"))
         stages = [s for s in STAGES if any(x["stage"] == s for x in lines)]
         figure, panels = pyplot.subplots(
             1, len(stages), figsize=(4 * len(stages), 3), squeeze=False, layout="constrained"
         )
         for panel, stage in zip(panels[0], stages, strict=True):
             mine = [x for x in lines if x["stage"] == stage]
-            panel.plot([x["step"] for x in mine], [x["loss"] for x in mine])
+            panel.plot([x["step"] for x in mine], [x.get("loss", math.nan) for x in mine])
             panel.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
         pyplot.close(figure)
         write_file(self.path.with_name("loss.png"), buffer.getvalue())
+
+
+def read_metrics(path: Path, text: str) -> list[dict]:
+    """Return the lines of a metrics.jsonl; UserError if one is not of ours."""
+    lines = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line:
+            continue
+        try:
+            lines.append(json.loads(line))
+            _ = lines[-1]["stage"] + "", lines[-1]["step"] + 0
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise UserError(f"{path}, line {number}: not a line of metrics: remove it") from None
+    return lines
 
 
 def export(source: Path, target: Path):
@@ -437,11 +468,15 @@ def export(source: Path, target: Path):
         raise UserError(f"{source} has no weights to export")
     if Path(target).resolve() == Path(source).resolve():
         raise UserError(f"{target} is the run itself: name another folder")
-    for stage in found:
+    copy = Run(target, run.config)
+    if any(copy.state_file(stage).exists() for stage in STAGES):
+        raise UserError(f"{target} is a run in training, whose weights would be lost: name another")
+    check_target(Path(target), folder=True)
+    weights = {stage: run.load(stage).state_dict() for stage in found}  # all, before any is written
+    for stage, tensors in weights.items():
         with safetensors.safe_open(run.weights_file(stage), "pt") as file:
-            note = file.metadata()
-        tensors = {name: x.half() for name, x in load_file(run.weights_file(stage)).items()}
-        Run(target, run.config).save(stage, tensors, note)
+            note = file.metadata() or {}
+        copy.save(stage, {name: x.half() for name, x in tensors.items()}, note)
     write_file(Path(target) / "config.json", (run.path / "config.json").read_bytes())
     print(f"{', '.join(found)} -> {target}")
 

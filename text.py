@@ -49,12 +49,13 @@ def piece_vector(piece: str, dim: int) -> np.ndarray:
     return generator.standard_normal(dim).astype(np.float32)
 
 
-def word_vector(word: str, dim: int) -> np.ndarray:
+def word_vector(word: str, dim: int, longest: int = 64) -> np.ndarray:
     """Return the sum of a word's own vector and those of its letter triples, at unit variance.
 
-    The triples make words of one stem ("circle", "circles") neighbours, as in fastText.
+    The triples make words of one stem ("circle", "circles") neighbours, as in fastText. Of what is
+    no word but very long, the first letters count.
     """
-    marked = f"<{word}>"
+    marked = f"<{word[:longest]}>"
     triples = [marked[i : i + 3] for i in range(len(marked) - 2)]
     pieces = dict.fromkeys([word, *triples])  # each once: "red" is a triple of itself
     return np.sum([piece_vector(piece, dim) for piece in pieces], axis=0) / np.sqrt(len(pieces))
@@ -109,6 +110,8 @@ def describe_text(weights: str) -> UMT5Config:
         raise UserError(f"{weights}: config.json tells no width, d_model or hidden_size")
     files = tensor_files(weights, lambda name: True, f"{folder}/model" if folder else "model")
     longest = settings.get("max_position_embeddings", 512)  # relative positions have no limit
+    if not isinstance(longest, int):
+        raise UserError(f"{weights}: max_position_embeddings in config.json is no number")
     return UMT5Config(weights, digest(set(files.values())), min(512, longest), dim)
 
 
@@ -148,6 +151,7 @@ class UMT5(nn.Module):
         """
         tokens = torch.zeros(len(texts), self.config.words, self.dim, device=self.model.device)
         for row, text in zip(tokens, texts, strict=True):
+            text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no text to them
             if text := " ".join(text.split()):
                 ids = self.tokenizer(
                     text, truncation=True, max_length=self.config.words, return_tensors="pt"

@@ -175,10 +175,17 @@ def test_a_configuration_with_other_fields(run):
     edit(run, config={**fields, "latent.colour": 3})
     with pytest.raises(UserError, match=r"another version.*latent\.colour"):
         Run.open(run.path)
-    del fields["vae.width"]
-    edit(run, config=fields)
-    with pytest.raises(UserError, match=r"another version.*vae\.width"):
+    without = {name: x for name, x in fields.items() if name != "latent.channels"}
+    edit(run, config=without)
+    with pytest.raises(UserError, match=r"latent\.channels"):
         Run.open(run.path)
+
+
+def test_a_field_newer_than_the_run_has_its_default(run):
+    fields = flat_fields(run.config)
+    del fields["stages.vae.accumulate"]
+    edit(run, config=fields)
+    assert Run.open(run.path).config == run.config
 
 
 @pytest.mark.parametrize("change", [{"latent.width": 30}, {"latent.width": "wide"}])

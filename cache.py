@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, build_part, flat_fields
+from config import Config, build_part, check_values, flat_fields
 from data import clips_of, list_videos
-from files import UserError, tensor_names, write_file
+from files import UserError, read_json, tensor_names, write_file
 from run import FLAGS, Run, computing
 from world import World, to_float
 
@@ -280,22 +280,15 @@ class Cache:
         """Read the index. UserError if the cache is not finished or not readable."""
         self.path, self.header = Path(path), read_header(Path(path))
         self.clips: list[tuple[Path, int, str]] = []  # shard, row, caption
-        there = len(list((self.path / "groups").glob("*.json")))
-        if self.header["groups"] > there:  # before a list of as many names as a damaged file says
-            raise self._unfinished(self.header["groups"] - there)
-        names = [f"{g:05d}" for g in range(self.header["groups"])]
-        missing = [x for x in names if not (self.path / "groups" / f"{x}.json").exists()]
-        if missing:
+        groups, there = self.header["groups"], len(list((self.path / "groups").glob("*.json")))
+        if there < groups:
             raise UserError(
-                f"{path} is not finished ({len(missing)} of {len(names)} groups are missing): "
+                f"{path} is not finished ({groups - there} of {groups} groups are missing): "
                 "run data.py precompute again, it goes on"
             )
-        for name in names:
-            file = self.path / "groups" / f"{name}.json"
-            try:
-                texts = [clip["caption"] for clip in json.loads(file.read_text())["clips"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{file} is not readable: {error!r}") from None
+        for name in (f"{g:05d}" for g in range(groups)):
+            group = read_group(self.path / "groups" / f"{name}.json")
+            texts = [clip["caption"] for clip in group["clips"]]
             self.clips += [
                 (self.path / "shards" / f"{name}-{n // CLIPS:04d}.safetensors", n % CLIPS, text)
                 for n, text in enumerate(texts)
@@ -311,7 +304,12 @@ class Cache:
 
     def parts(self) -> dict[str, object]:
         """Return the configurations {"data", "vae", "encoder", "text"} that it was made with."""
-        return {part: build_part(Config, part, self.header["parts"]) for part in PARTS}
+        try:
+            check_values(self.header["parts"])
+            return {part: build_part(Config, part, self.header["parts"]) for part in PARTS}
+        except (KeyError, ValueError) as error:
+            file = self.path / "cache.json"
+            raise UserError(f"{file}: its parts are damaged ({error}); make it anew") from None
 
     def check(self, run: Run):
         """Raise UserError that names what differs if it is stale: not made by this run's parts."""
@@ -329,20 +327,36 @@ class Cache:
     def text(self, indices: Sequence[int]) -> Tensor:
         """Return the captions' tokens with their padding, (B, L, dim) float32."""
         tokens = [self._read(i, "text").float() for i in indices]
-        out = torch.zeros(len(tokens), self.header["parts"]["text.words"], tokens[0].shape[1])
+        out = torch.zeros(len(tokens), *self._shapes["text"])
         for row, x in zip(out, tokens, strict=True):
             row[: len(x)] = x
         return out
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each kind of tensor; of text, with its padding."""
+        parts = self.parts()
+        data, vae, encoder, text = (parts[name] for name in ("data", "vae", "encoder", "text"))
+        low_rate = (data.semantic_frames, data.semantic_height, data.semantic_width)
+        latents = (vae.channels, *vae.grid(data.frames, data.height, data.width))
+        features = (encoder.dim, *encoder.grid(*low_rate))
+        tokens = (text.words, text.dim)
+        return {"latents": latents, "log_variance": latents, "features": features, "text": tokens}
 
     def _stack(self, indices: Sequence[int], kind: str) -> Tensor:
         return torch.stack([self._read(i, kind) for i in indices]).float()
 
     def _read(self, index: int, kind: str) -> Tensor:
-        shard, row, _ = self.clips[index]
+        (shard, row, _), expected = self.clips[index], self._shapes[kind]
         try:
-            return open_shard(shard).get_tensor(f"{row}.{kind}")
+            found = open_shard(shard).get_tensor(f"{row}.{kind}")
         except Exception as error:  # missing, cut short, not safetensors: of many classes
             raise UserError(f"{shard} cannot be read ({error}): make the cache anew") from None
+        shape = tuple(found.shape)
+        short = kind == "text" and len(shape) == 2 and shape[0] <= expected[0]  # without padding
+        if ((expected[0], *shape[1:]) if short else shape) != expected:
+            raise UserError(f"{shard}: a {kind} of {shape}, not {expected}: make the cache anew")
+        return found
 
 
 @lru_cache(maxsize=64)

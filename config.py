@@ -124,10 +124,8 @@ class Config:
 
 def check_number(name: str, value: float, shown: str | None = None):
     """Raise UserError if a number is beyond what its field can be; shown: as the user wrote it."""
-    least, greatest = LIMITS.get(name) or LIMITS.get(name.split(".")[-1]) or (
-        1 if isinstance(value, int) else 1e-6,
-        1e6,
-    )
+    usual = (1 if isinstance(value, int) else 1e-6, 1e6)
+    least, greatest = LIMITS.get(name) or LIMITS.get(name.split(".")[-1]) or usual
     if not least <= value <= greatest:  # nor is NaN
         shown = shown or f"{name}={value}"
         raise UserError(f"{shown}: at least {least:g}, at most {greatest:g}")

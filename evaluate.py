@@ -19,7 +19,8 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 from tqdm import tqdm
 
-from files import UserError, command, write_file
+from config import check_number
+from files import UserError, check_target, command, write_file
 from reader import read, tracks
 from run import ASSETS, Run, computing
 from sample import generate, paint, reference_plans
@@ -98,7 +99,7 @@ def score(run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]]) -> dict[s
     """Return every score of SCORES: videos (B, 3, F, H, W) uint8, made for those scenes."""
     values: dict[str, list[float]] = {name: [] for name in SCORES}
     for video, scene in zip(videos, scenes, strict=True):
-        for name, found in agreement(read(video), scene).items():
+        for name, found in agreement(read(video, run.config.data.events), scene).items():
             values[name] += found
         values["moved"].append(motion_amount(video) / 100)
     x = videos.float() / 255
@@ -131,10 +132,13 @@ class Evaluation:
     """The prompts of one split with their real clips, and ways to make videos for them."""
 
     def __init__(self, run: Run, split: str, prompts: int, seed: int):
-        self.run, self.world = run, World(run.config.data, split)
+        try:
+            self.run, self.world = run, World(run.config.data, split)
+        except ValueError as error:  # it learned from real videos, of another aspect
+            raise UserError(f"{run.path}: {error}") from None
         self.indices = choose(self.world, prompts)
         self.scenes = [self.world.scene(i) for i in self.indices]
-        self.seeds = [seed * 1_000_003 + i for i in self.indices]
+        self.seeds = [(seed * 1_000_003 + i) % 2**63 for i in self.indices]
         clips = self.world.batch(self.indices)
         self.captions, self.real, self.low_rate = clips.captions, clips.video, clips.semantic_video
 
@@ -198,12 +202,14 @@ def main():
     parser.add_argument("--sweep", action="store_true", help="guidance 1, 1.5, 2, 3, 4 as well")
     parser.add_argument("--json", type=Path, help="write the scores there as well")
     args = parser.parse_args()
-    if args.prompts < 2:
-        raise UserError(f"--prompts {args.prompts}: at least 2, one object and two")
+    if not 2 <= args.prompts <= 100_000:
+        raise UserError(f"--prompts {args.prompts}: at least 2, one object and two; at most 100000")
     if args.base and args.plans:
         raise UserError("--base --plans: the base model knows no plans; give one of the two")
-    if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps {args.steps}: at least 1")
+    if args.steps is not None:
+        check_number("sample.steps", args.steps, f"--steps {args.steps}")
+    if args.json:
+        check_target(args.json)
     run = Run.open(args.run)
     _ = run.vae, run.encoder, run.base if args.base else (run.painter, run.planner)  # or say so now
     options = {"steps": args.steps} if args.steps else {}

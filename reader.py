@@ -11,13 +11,15 @@ the motion, and overlap with drawn templates tells the shape.
 
 import math
 from functools import lru_cache
+from itertools import pairwise
+from math import ceil, floor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from world import COLOURS, MOTIONS, SHAPES, Thing, coverage
+from world import COLOURS, MOTIONS, SHAPES, Thing, coverage, tell
 
 UNCLEAR = "unclear"  # a shape or a motion that is none of the world's
 
@@ -120,6 +122,8 @@ def in_order(found: list[Track], height: int, width: int) -> list[Track]:
 def read_motion(centres: np.ndarray, areas: np.ndarray) -> str:
     """Return the motion of an object from its centres (F, 2) and areas (F,), in units."""
     seen = areas > LEAST_AREA / 2
+    if not seen.any():
+        return UNCLEAR
     path = np.column_stack([centres, np.sqrt(areas / math.pi)])[seen]  # (F, 3): x, y, radius
     middle = path.mean(0)
     time = np.linspace(-0.5, 0.5, len(areas))[seen]
@@ -168,15 +172,30 @@ def read_shape(mass: np.ndarray, centres: np.ndarray, areas: np.ndarray) -> str:
     return overlaps[max(overlaps)] if max(overlaps) > ALIKE else UNCLEAR
 
 
-def read(video: Tensor) -> tuple[Thing, ...]:
-    """Return the things a video (3, F, H, W) uint8 shows, in the order a caption names them."""
+def read_motions(centres: np.ndarray, areas: np.ndarray, events: int) -> str:
+    """Return the motions of an object in equally long stretches of a clip, as a caption tells them.
+
+    centres: (F, 2), areas: (F,), in units.
+    """
+    last = len(areas) - 1
+    edges = [k * last / events for k in range(events + 1)]  # in frames; some lie between two
+    stretches = [slice(ceil(a), floor(b) + 1) for a, b in pairwise(edges)]
+    found = [read_motion(centres[s], areas[s]) for s in stretches]
+    return UNCLEAR if set(found) == {UNCLEAR} else tell(found)
+
+
+def read(video: Tensor, events: int = 1) -> tuple[Thing, ...]:
+    """Return the things a video (3, F, H, W) uint8 shows, in the order a caption names them.
+
+    events: motions of a thing, one after another (world.py).
+    """
     F, H, W = video.shape[1:]
     unit = min(H, W) / 32
     things = []
     for track in tracks(video):
         centres, areas = track.centres.numpy() * [W, H], track.areas.numpy() * (H * W)  # pixels
         shape = read_shape(track.coverage.numpy(), centres, areas)
-        motion = read_motion(centres / unit, areas / unit**2)
+        motion = read_motions(centres / unit, areas / unit**2, events)
         if shape != UNCLEAR or motion != UNCLEAR:
             things.append(Thing(track.colour, shape, motion))
     return tuple(things)

@@ -129,7 +129,9 @@ def add_part_flags(parser: argparse.ArgumentParser):
 
 def parts_from_flags(args: argparse.Namespace) -> dict[str, object]:
     """Return {part: configuration} of the parts whose weights the flags name."""
-    named = {part: getattr(args, part) for part in FLAGS if getattr(args, part)}
+    named = {part: getattr(args, part) for part in FLAGS if getattr(args, part) is not None}
+    if empty := [FLAGS[part][0][0] for part, weights in named.items() if not weights]:
+        raise UserError(f"{empty[0]}: the name is empty; a folder of weights or a hub id")
     return {part: FLAGS[part][1](weights) for part, weights in named.items()}
 
 
@@ -274,6 +276,14 @@ class Run:
             if file.exists() and not file.is_file():
                 raise UserError(f"{file} is not a file: remove it")
         return self.weights_file(stage).exists()
+
+    def steps_of(self, stage: str) -> int:
+        """Return for how many steps a stage's weights were trained; 0 if they do not say."""
+        try:
+            with safetensors.safe_open(self.weights_file(stage), "pt") as file:
+                return int((file.metadata() or {}).get("steps", 0))
+        except (safetensors.SafetensorError, ValueError):
+            return 0
 
     def save(self, stage: str, tensors: dict[str, Tensor], note: dict[str, str]):
         """Write a stage's weights; note: strings kept in the file's header."""

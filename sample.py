@@ -23,9 +23,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from config import clip_frames
+from config import check_number, clip_frames
 from data import contact_sheet, reference_clip
-from files import UserError, command, require, write_file
+from files import UserError, check_target, command, require, write_file
 from flow import euler, guidance_weights
 from run import ASSETS, Run, add_part_flags, parts_from_flags
 from text import piece_seed
@@ -190,22 +190,26 @@ def write_video(path: Path, video: Tensor, fps: float):
     write_file(path, buffer.getvalue())
 
 
+def written(out: Path, videos: int) -> list[Path]:
+    """Return the files that --out stands for: an animation for each video, if any, and a sheet."""
+    names = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(videos)] if videos > 1 else [out]
+    return [*(names if out.suffix != ".png" else ()), out.with_suffix(".png")]
+
+
 def write_samples(out: Path, videos: Tensor, labels: Sequence[str], fps: float, given: int = 0):
     """Write one animation for each video and a contact sheet of all beside them; print their names.
 
     videos: (B, 3, F, H, W) uint8; the first `given` are references, on the sheet alone. With .png
     there is only the sheet.
     """
-    sheet = BytesIO()
-    contact_sheet(videos.cpu(), list(labels)).save(sheet, "png")
-    made = videos[given:]
-    if out.suffix != ".png":
-        for i, video in enumerate(made):
-            name = out if len(made) == 1 else out.with_stem(f"{out.stem}-{i + 1}")
-            write_video(name, video, fps)
-            print(name)
-    write_file(out.with_suffix(".png"), sheet.getvalue())
-    print(out.with_suffix(".png"))
+    drawn = BytesIO()
+    contact_sheet(videos.cpu(), list(labels)).save(drawn, "png")
+    *names, sheet = written(out, len(videos) - given)
+    for name, video in zip(names, videos[given:], strict=False):
+        write_video(name, video, fps)
+        print(name)
+    write_file(sheet, drawn.getvalue())
+    print(sheet)
 
 
 def main():
@@ -235,8 +239,14 @@ def main():
         raise UserError(
             f"--out {args.out}: nobody writes that suffix; choose {', '.join(SUFFIXES)}"
         )
-    if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps {args.steps}: at least 1")
+    if args.steps is not None:
+        check_number("sample.steps", args.steps, f"--steps {args.steps}")
+    for scale in args.guidance or ():
+        check_number("guidance", scale, f"--guidance {scale}")
+    for name in written(args.out, max(1, len(args.prompts))):
+        check_target(name)
+        if args.reference and name.exists() and name.resolve() == args.reference.resolve():
+            raise UserError(f"--out {args.out}: the reference {args.reference} would be lost")
     if args.reference and (args.base or args.seconds is not None):
         raise UserError("--reference: its plan has its own length, and the base knows no plans")
     if any(not prompt.strip() for prompt in args.prompts):

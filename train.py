@@ -32,7 +32,7 @@ import sample
 from cache import Cache, Memory, precompute
 from config import PRESETS, STAGES, Config, StageConfig, override, preset
 from data import Folder, contact_sheet
-from files import UserError, command, require
+from files import UserError, check_target, command, require
 from losses import stage_loss
 from parallel import Team, get_state, local, set_state, shared_like, whole
 from run import (
@@ -192,6 +192,10 @@ def train_stage(run: Run, stage: str, dataset, seed: int, team: Team | None = No
     """Train one stage to the end of its steps, from its saved state if there is one."""
     config: StageConfig = getattr(run.config.stages, stage)
     team = team or Team()
+    if run.has(stage) and run.steps_of(stage) >= config.steps:
+        if team.first:
+            print(f"{stage}: already trained for {run.steps_of(stage)} steps")
+        return
     rows = team.rows(config.batch, config.accumulate)
     clips = None
     if stage not in ("vae", "encoder"):
@@ -206,10 +210,6 @@ def train_stage(run: Run, stage: str, dataset, seed: int, team: Team | None = No
     wrapped = team.wrap(losses, run.device)
     progress = Progress(run, stage, losses, seed)
     progress.load()
-    if progress.step >= config.steps and run.has(stage):
-        if team.first:
-            print(f"{stage}: already trained for {progress.step} steps")
-        return
     parameters = [p for p in losses.parameters() if p.requires_grad]
     if team.first:
         print(
@@ -269,8 +269,8 @@ def train_stage(run: Run, stage: str, dataset, seed: int, team: Team | None = No
                 sys.exit(130)
             if config.preview_every and progress.step % config.preview_every == 0 and not last:
                 finish(progress, dataset, clips, team)
+    progress.save(team)  # before the weights: once they are there, the stage is done
     finish(progress, dataset, clips, team)
-    progress.save(team)
     if team.first:
         metrics.plot()
     team.wait()
@@ -399,8 +399,9 @@ def preview(run: Run, stage: str, dataset, clips: Memory | Cache | None):
     """
     if run.released("vae"):
         return
-    indices = range(min(6, len(dataset)))
-    captions = dataset.captions(indices)
+    source = dataset if stage == "vae" else clips
+    indices = range(min(6, len(source)))
+    captions = source.captions(indices)
     if stage == "vae":
         shown = dataset.batch(indices).video
         video = to_uint8(run.vae.decode(run.vae.encode(to_float(shown).to(run.device))))
@@ -424,11 +425,13 @@ def preview(run: Run, stage: str, dataset, clips: Memory | Cache | None):
 
 def train(run: Run, stages: Sequence[str], dataset, seed: int, team: Team | None = None):
     """Train the stages named, and before each what it needs and the run does not have yet."""
+    team = team or Team()
     for stage in stages:
         missing = [need for need in run.needs(stage) if not run.has(need)]
         if missing:
             names = " and ".join(missing)
-            print(f"{stage} needs {names} first: training {names}")
+            if team.first:
+                print(f"{stage} needs {names} first: training {names}")
             train(run, missing, dataset, seed, team)
         if isinstance(dataset, Cache) and stage in ("vae", "encoder"):
             raise UserError(f"{dataset.path} has no pixels: train {stage} on the folder of videos")
@@ -477,36 +480,47 @@ def main():
     add_part_flags(parser)
     args = parser.parse_args()
     out = args.out or Path("runs") / args.preset
+    if not abs(args.seed) < 2**63:
+        raise UserError(f"--seed {args.seed}: at most 63 bits")
+    check_target(out, folder=True)
     cache = Cache(args.data) if args.data and (args.data / "cache.json").exists() else None
     config = configured(args, out, cache)
     if args.data is None and args.preset == "paper":
         raise UserError("preset paper learns from real videos: give --data FOLDER (or CACHE)")
+    run, team = Run(out, config), Team(args.shard)
+    stages = [args.stage]
+    if args.stage == "all":
+        stages = [stage for stage in STAGES[:4] if not run.released(stage)]
+    elif run.released(args.stage):
+        raise UserError(f"--stage {args.stage}: it has released weights, nothing is to be trained")
+    for stage in stages:
+        stage_config: StageConfig = getattr(config.stages, stage)
+        team.rows(stage_config.batch, stage_config.accumulate)  # or say now that it cannot be
     if cache:
-        cache.check(Run(out, config))
-    team = Team(args.shard)
-    if team.first:
+        if pixels := [stage for stage in stages if stage in ("vae", "encoder")]:
+            raise UserError(f"{args.data} has no pixels: train {pixels[0]} on the folder of videos")
+        cache.check(run)
+    try:
+        data = config.data
+        dataset = cache or (Folder(args.data, data) if args.data else World(data, "train"))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if isinstance(dataset, Folder) and team.first:
+        dataset.check()
+    if args.tensorboard:
+        require("tensorboard", "tensorboard")
+    if team.first:  # all that can be refused has been by now: nothing was made or forgotten
         run = Run.create(out, config)
     team.wait()
     run = Run.open(out)
     if run.device.type == "cuda":
         run.device = torch.device("cuda", team.local_rank)
         torch.cuda.set_device(run.device)
-    stages = [args.stage]
-    if args.stage == "all":
-        stages = [stage for stage in STAGES[:4] if not run.released(stage)]
-    elif run.released(args.stage):
-        raise UserError(f"--stage {args.stage}: it has released weights, nothing is to be trained")
     if args.fresh and team.first:
         for stage in stages:
             run.forget(stage)
     team.wait()
-    try:
-        data = config.data
-        dataset = cache or (Folder(args.data, data) if args.data else World(data, "train"))
-    except ValueError as error:
-        raise UserError(str(error)) from None
     if args.tensorboard and team.first:
-        require("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         run.board = SummaryWriter(str(out / "tensorboard"))

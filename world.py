@@ -6,6 +6,10 @@ shows what its prompt asked for. Clips are drawn on demand; clip i of a split is
 
     "a red circle moves left"    "a blue square grows and a cyan cross stays still"
 
+In long clips (`events` above 1) each object does one thing after another, all for equally long:
+
+    "a red circle moves left then up then stays still then right"
+
 Two objects always differ in colour; their order is left to right where they lie side by side, top
 to bottom where one lies above the other. A tenth of the combinations of colour, shape and motion is
 never shown in training (`is_held_out`).
@@ -57,6 +61,7 @@ class DataConfig:
     semantic_height: int = 32
     semantic_width: int = 32
     objects: int = 2  # at most so many objects in a clip of the synthetic world, 1 or 2
+    events: int = 1  # motions of an object of that world, one after another
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -64,6 +69,8 @@ class DataConfig:
                 raise ValueError(f"data.{name} is {value}: it must be above 0")
         if self.objects > 2:
             raise ValueError(f"data.objects is {self.objects}: 1 or 2")
+        if self.frames < 4 * self.events and self.events > 1:
+            raise ValueError(f"data.events is {self.events}: {self.frames} frames are too few")
 
     @property
     def seconds(self) -> float:
@@ -90,7 +97,7 @@ class Thing(NamedTuple):
 
     colour: str
     shape: str
-    motion: str
+    motion: str  # or several: "moves left then up then stays still"
 
 
 def to_float(video: Tensor) -> Tensor:
@@ -147,12 +154,30 @@ def caption(scene: Sequence[Thing]) -> str:
     return " and ".join(f"a {thing.colour} {thing.shape} {thing.motion}" for thing in scene)
 
 
+def tell(motions: Sequence[str]) -> str:
+    """Join motions that follow one another: ["moves left", "moves up"] -> "moves left then up"."""
+    return " then ".join([motions[0], *(motion.removeprefix("moves ") for motion in motions[1:])])
+
+
+def motions_of(text: str) -> list[str]:
+    """Undo `tell`; ValueError if a part is no motion of this world."""
+    first, *others = text.split(" then ")
+    found = [first, *(f"moves {x}" if f"moves {x}" in MOTIONS else x for x in others)]
+    if unknown := [motion for motion in found if motion not in MOTIONS]:
+        raise ValueError(f"{unknown[0]!r} is no motion of this world")
+    return found
+
+
 def parse(text: str) -> tuple[Thing, ...]:
     """Read a caption back; ValueError if it is not one of this world."""
     things = []
     for part in text.lower().strip().split(" and "):
         article, colour, shape, motion = (*part.split(" ", 3), "", "", "", "")[:4]
-        if article != "a" or colour not in COLOURS or shape not in SHAPES or motion not in MOTIONS:
+        try:
+            motions_of(motion)
+        except ValueError:
+            motion = ""
+        if article != "a" or colour not in COLOURS or shape not in SHAPES or not motion:
             raise ValueError(f"{part!r} is not of the form 'a red circle moves left'")
         things.append(Thing(colour, shape, motion))
     if len({thing.colour for thing in things}) < len(things) or len(things) > 2:
@@ -161,9 +186,12 @@ def parse(text: str) -> tuple[Thing, ...]:
 
 
 def is_held_out(thing: Thing) -> bool:
-    """Whether a combination is never shown in training: 17 of 168; every pair of attributes is."""
-    colour = list(COLOURS).index(thing.colour)
-    shape, motion = list(SHAPES).index(thing.shape), list(MOTIONS).index(thing.motion)
+    """Whether a combination is never shown in training: 17 of 168; every pair of attributes is.
+
+    Of several motions the first counts.
+    """
+    colour, first = list(COLOURS).index(thing.colour), motions_of(thing.motion)[0]
+    shape, motion = list(SHAPES).index(thing.shape), list(MOTIONS).index(first)
     return (colour + 2 * shape + 3 * motion) % 10 == 0
 
 
@@ -228,13 +256,34 @@ class World:
             thing = self.things[rng.integers(len(self.things))]
             if thing.colour not in [t.colour for t in things]:
                 things.append(thing)
-        return tuple(things)
+        if self.config.events == 1:
+            return tuple(things)
+        return tuple(thing._replace(motion=self._story(rng, thing.motion)) for thing in things)
+
+    def _story(self, rng: np.random.Generator, first: str) -> str:
+        """Draw what an object does after its first motion.
+
+        It is at one of two places each way and of one of two sizes: it can go left if it is on the
+        right, shrink if it is large, and stay as it is. It starts large unless it grows first.
+        """
+        told, state = [first], [int(rng.integers(2)), int(rng.integers(2)), 1]  # y, x, size
+        for axis, change in enumerate(MOTIONS[first]):
+            if change:
+                state[axis] = (change + 1) // 2  # where the first motion has led
+        while len(told) < self.config.events:
+            axis = int(rng.integers(4))
+            step = [0, 0, 0]
+            if axis < 3:
+                step[axis] = 1 - 2 * state[axis]
+                state[axis] = 1 - state[axis]
+            told.append(next(name for name, change in MOTIONS.items() if change == tuple(step)))
+        return tell(told)
 
     def _layout(self, index: int):
-        """Return all that is random in a clip: [(thing, tint, path (4,), radii (2,))], texture.
+        """Return all that is random in a clip: [(thing, tint, path (E + 1, 3))], texture.
 
-        A path is y, x at the first frame and at the last; lengths in units of a 32nd of the frame's
-        shorter side.
+        A path is y, x, radius at the start of each of the E events and at the end; lengths in units
+        of a 32nd of the frame's shorter side.
         """
         rng, config = self._rng(index), self.config
         scene = self._scene(rng)
@@ -247,19 +296,20 @@ class World:
         objects = []
         for thing, cell in zip(scene, cells, strict=True):
             radius = rng.uniform(6.0, 7.5) if len(scene) == 1 else rng.uniform(4.6, 5.3)
-            dy, dx, growth = MOTIONS[thing.motion]
+            changes = np.array([MOTIONS[motion] for motion in motions_of(thing.motion)])  # (E, 3)
             room = cell[2:] - cell[:2] - 2 * EXTENT * radius  # in which the centre can lie
-            along = abs(np.array([dy, dx]))
+            along = abs(changes[:, :2]).max(0)
             travel = rng.uniform(*((9, 11) if len(scene) == 1 else (5, 8)))
             travel = along * np.minimum(travel, room)  # at least 4.3 in the short side of a half
             low = cell[:2] + EXTENT * radius + rng.uniform(size=2) * (room - travel)
             if len(scene) > 1:  # near the middle the other way, so that their order is clear
                 low[1 - axis] = size[1 - axis] / 2 + rng.uniform(-4.5, 4.5) - travel[1 - axis] / 2
-            forward = [low, low + travel]
-            start, end = forward if dy + dx >= 0 else forward[::-1]
-            radii = radius * np.array([1, 1]) / [GROWTH ** (growth == 1), GROWTH ** (growth == -1)]
+            # Up or left, or smaller, counts from the far place, or the full size, back.
+            levels = np.concatenate([np.zeros((1, 3)), np.cumsum(changes, 0)])  # (E + 1, 3)
+            places = low + travel * (levels - levels.min(0))[:, :2]
+            radii = radius / GROWTH ** (levels.max(0) - levels)[:, 2]
             tint = rng.uniform(0.88, 1.05)
-            objects.append((thing, tint, np.concatenate([start, end]), radii))
+            objects.append((thing, tint, np.column_stack([places, radii])))
         grey = (
             rng.uniform(70, 150) + rng.uniform(-25, 25, (4, 4, 1)) + rng.uniform(-6, 6, (4, 4, 3))
         )
@@ -278,18 +328,19 @@ class World:
         video = np.repeat(texture[:, :, None], len(frames), 2)  # (B, 3, F, H, W)
 
         unit = min(height, width) / 32  # pixels
-        when = frames / max(1, self.config.frames - 1)  # 0 at the first frame, 1 at the last
+        events = self.config.events
+        when = events * frames / max(1, self.config.frames - 1)  # 0 at the first frame, in events
+        event = np.minimum(when.astype(int), events - 1)  # (F,)
+        later = (when - event).astype(float)[:, None]  # (F, 1): the share of it that is over
         rows, columns = (np.arange(n, dtype=np.float32) + 0.5 for n in (height, width))
         flat = [(b, *thing) for b, (objects, _) in enumerate(layouts) for thing in objects]
         for shape in SHAPES:
             mine = [entry for entry in flat if entry[1].shape == shape]
             if not mine:
                 continue
-            paths = np.stack([entry[3] for entry in mine]) * unit  # (n, 4)
-            radii = np.stack([entry[4] for entry in mine]) * unit  # (n, 2)
-            y, x = (paths[:, [i]] * (1 - when) + paths[:, [i + 2]] * when for i in (0, 1))  # (n, F)
-            radius = radii[:, :1] * (1 - when) + radii[:, 1:] * when
-            masks = coverage(shape, y, x, radius, rows, columns)  # (n, F, H, W)
+            paths = np.stack([entry[3] for entry in mine]) * unit  # (n, E + 1, 3)
+            now = paths[:, event] * (1 - later) + paths[:, event + 1] * later  # (n, F, 3)
+            masks = coverage(shape, *np.moveaxis(now, -1, 0), rows, columns)  # (n, F, H, W)
             for mask, (b, thing, tint, *_) in zip(masks, mine, strict=True):
                 colour = np.minimum(np.array(COLOURS[thing.colour]) * tint, 255)
                 for channel in range(3):

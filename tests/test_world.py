@@ -34,7 +34,9 @@ from world import (
     caption,
     coverage,
     is_held_out,
+    motions_of,
     parse,
+    tell,
     to_float,
     to_uint8,
 )
@@ -92,6 +94,60 @@ def test_splits_and_clips_differ():
     videos = [clips(split).video[:50] for split in SPLITS]
     everything = torch.cat(videos).flatten(1)
     assert len(torch.unique(everything, dim=0)) == 150
+
+
+LONG = {
+    "64 frames, 4 events": DataConfig(frames=64, events=4),
+    "50 frames, 3 events, wide": DataConfig(
+        frames=50, fps=12.0, height=32, width=48, semantic_width=48, events=3
+    ),
+}
+
+
+@splits
+@pytest.mark.parametrize("name", LONG)
+def test_stories_are_read_back(split, name):
+    """What each object does in each stretch of a long clip, one thing after another."""
+    world = World(LONG[name], split)
+    batch = world.batch(range(60))
+    for clip, text in zip(batch.video, batch.captions, strict=True):
+        found = read(clip, world.config.events)
+        assert caption(found) == text
+        assert parse(text) == found
+    told = {event for text in batch.captions for t in parse(text) for event in motions_of(t.motion)}
+    assert told == set(MOTIONS)
+    assert all(len(motions_of(t.motion)) == world.config.events for t in parse(batch.captions[0]))
+
+
+def test_a_story_is_told_and_taken_apart():
+    told = tell(["moves left", "moves up", "stays still", "grows", "moves right"])
+    assert told == "moves left then up then stays still then grows then right"
+    assert motions_of(told) == ["moves left", "moves up", "stays still", "grows", "moves right"]
+    for text in (
+        "moves left then",
+        "moves left then sideways",
+        "up",
+        "moves left then moves up up",
+    ):
+        with pytest.raises(ValueError, match="no motion"):
+            motions_of(text)
+
+
+@given(st.integers(0, 299), st.integers(1, 16), st.integers(1, 8))
+def test_too_few_frames_for_a_story_are_no_error(i, frames, events):
+    for thing in read(clips().video[i, :, :frames], events):
+        assert thing.motion == UNCLEAR or len(thing.motion.split(" then ")) == events
+
+
+def test_one_event_after_another_is_what_single_clips_show():
+    """The stretch of one event, read alone, shows that event."""
+    world = World(DataConfig(frames=65, events=4))  # an event is 16 frames: edges lie on frames
+    batch = world.batch(range(40))
+    for clip, text in zip(batch.video, batch.captions, strict=True):
+        for k in range(4):
+            alone = read(clip[:, 16 * k : 16 * k + 17])
+            told = [motions_of(thing.motion)[k] for thing in parse(text)]
+            assert sorted(thing.motion for thing in alone) == sorted(told)
 
 
 @splits
@@ -215,11 +271,12 @@ def test_objects_stay_in_the_frame_apart_and_in_order(split, size):
         objects, _ = made._layout(i)
         assert tuple(thing for thing, *_ in objects) == made.scene(i)
         middles = []
-        for _, _, path, radii in objects:
-            for place, radius in ((path[:2], radii[0]), (path[2:], radii[1])):
+        for _, _, path in objects:
+            for *place, radius in path:
+                place = np.array(place)
                 assert (place - EXTENT * radius > -1e-6).all(), f"clip {i}: {place}, {radius}"
                 assert (place + EXTENT * radius < side + 1e-6).all(), f"clip {i}: {place}, {radius}"
-            middles.append((path[:2] + path[2:]) / 2)
+            middles.append(path[:, :2].mean(0))
         if len(objects) == 2:
             first, second = (thing for thing, *_ in objects)
             assert first.colour != second.colour
@@ -230,8 +287,8 @@ def test_objects_stay_in_the_frame_apart_and_in_order(split, size):
 
 def test_motions_are_what_their_names_say():
     for i in range(300):
-        for thing, _, path, radii in World(SMALL, "train")._layout(i)[0]:
-            dy, dx = path[2:] - path[:2]
+        for thing, _, path in World(SMALL, "train")._layout(i)[0]:
+            dy, dx = path[1, :2] - path[0, :2]
             still = thing.motion in ("stays still", "grows", "shrinks")
             direction = {
                 "moves left": dy == 0 and dx < -4,
@@ -240,7 +297,7 @@ def test_motions_are_what_their_names_say():
                 "moves down": dx == 0 and dy > 4,
             }
             assert direction.get(thing.motion, (dy, dx) == (0, 0)), f"{thing}: {dy}, {dx}"
-            growth = radii[1] / radii[0]
+            growth = path[1, 2] / path[0, 2]
             expected = {"grows": growth > 1.5, "shrinks": growth < 1 / 1.5}
             assert expected.get(thing.motion, growth == 1), f"{thing}: {growth}"
             assert still or growth == 1
@@ -384,7 +441,7 @@ def test_mirrored_exchanges_two_directions_and_the_order_along_them(axis, ways):
     for i, (clip, text) in enumerate(zip(batch.video.flip(axis), batch.captions, strict=True)):
         scene = [t._replace(motion=exchange.get(t.motion, t.motion)) for t in parse(text)]
         if len(scene) == 2:
-            gap = abs(np.diff([(p[:2] + p[2:]) / 2 for _, _, p, _ in made._layout(i)[0]], axis=0))
+            gap = abs(np.diff([path[:, :2].mean(0) for *_, path in made._layout(i)[0]], axis=0))
             scene = scene[::-1] if gap[0].argmax() == axis - 3 else scene
         found = list(read(clip))
         if axis == 3:
@@ -419,13 +476,13 @@ def test_tracks_are_where_the_layout_puts_them(split):
     grid = (np.arange(400) + 0.5) / 100 - 2
     for i in range(100):
         found = {track.colour: track for track in tracks(batch.video[i])}
-        for thing, _, path, radii in made._layout(i)[0]:
+        for thing, _, path in made._layout(i)[0]:
             track = found[thing.colour]
             inside = SHAPES[thing.shape](grid, grid[:, None]) < 0
             middle = (inside.sum(1) @ grid) / inside.sum()  # how far below the centre its mass is
             when = np.linspace(0, 1, SMALL.frames)[:, None]
-            radius = radii[0] * (1 - when) + radii[1] * when
-            expected = path[:2] * (1 - when) + path[2:] * when
+            now = path[0] * (1 - when) + path[1] * when  # (F, 3)
+            expected, radius = now[:, :2], now[:, 2:]
             expected[:, :1] += middle * radius
             gap = abs(track.centres.numpy()[:, ::-1] * 32 - expected).max()
             assert gap < 0.5, f"clip {i}, {thing}: {gap:.2f} pixels away"

@@ -1,0 +1,200 @@
+"""Cost against length: the painter's forward pass and training step, full attention and windows.
+
+    python benchmarks/length.py                       # a table and benchmarks/length.png
+    python benchmarks/length.py --tokens 4096 8192 --repeat 1
+
+SemanticGen Sec. 3.4: with shifted windows over time the cost grows linearly with length. The
+painter of the tiny preset (latents and plan in one sequence) is run on ever longer clips, in one
+process for each measurement, so that its peak memory is its own: the growth of resident memory on a
+CPU, what the allocator has handed out on a GPU. Times are medians; compare those of one run alone.
+
+Below the measurements, the arithmetic for the paper's minute: 60 s at 480p and 24 fps.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+
+from config import paper, shapes, tiny
+from files import UserError, command, write_file
+from flow import flow_loss
+from model import DiT
+from run import default_device
+from swin import Stream, fitting_window, windows
+
+WINDOW = 4.0  # seconds, of the tiny painter
+MOST = {  # tokens beyond which a measurement takes too long or too much memory on a small machine
+    ("full", "forward"): 2**15,
+    ("full", "training"): 2**14,
+    ("windows", "forward"): 2**17,
+    ("windows", "training"): 2**16,
+}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes this process has used so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def measure(kind: str, work: str, tokens: int, repeat: int, device: torch.device, connection):
+    """In a process of its own: send (seconds, bytes, tokens) of one pass over about `tokens`."""
+    config = tiny().latent
+    config = replace(config, window=WINDOW if kind == "windows" else None)
+    per_second = 16 * config.rate + 16 * config.context_rate  # tokens: 4 x 4 in each frame
+    seconds = round(tokens / per_second / WINDOW) * WINDOW  # whole windows
+    torch.manual_seed(0)
+    dit = DiT(config).to(device)
+    z = torch.randn(1, config.channels, int(seconds * config.rate), 8, 8, device=device)
+    plan = torch.randn(
+        1, config.context_channels, int(seconds * config.context_rate), 4, 4, device=device
+    )
+    text, t = torch.randn(1, 16, config.text_dim, device=device), torch.full((1,), 0.5).to(device)
+
+    def forward():
+        with torch.no_grad():
+            return dit(z, t, text, plan)
+
+    def training():
+        flow_loss(dit(z, t, text, plan), z, torch.zeros_like(z)).mean().backward()
+        dit.zero_grad(set_to_none=True)
+
+    step, times = {"forward": forward, "training": training}[work], []
+    before = peak_memory(device)
+    for _ in range(repeat + 1):  # the first one warms up
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    count = 16 * (z.shape[2] + plan.shape[2])
+    connection.send((statistics.median(times[1:]), peak_memory(device) - before, count))
+
+
+def measured(tokens: list[int], repeat: int, device: torch.device) -> dict[str, list]:
+    """Return {"full forward": [(tokens, seconds, bytes), ...], ...}."""
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    for (kind, work), most in MOST.items():
+        rows = found.setdefault(f"{kind} {work}", [])
+        for count in tokens:
+            if count > most:
+                continue
+            ours, theirs = context.Pipe()
+            arguments = (kind, work, count, repeat, device, theirs)
+            process = context.Process(target=measure, args=arguments)
+            process.start()
+            theirs.close()
+            try:
+                seconds, memory, exact = ours.recv()
+            except EOFError:
+                raise UserError(f"{kind} {work} of {count} tokens failed; give less") from None
+            process.join()
+            rows.append((exact, seconds, memory))
+            print(
+                f"{kind:>7} {work:<8} {exact:7d} tokens: {seconds:8.3f} s, {memory / 1e6:8.0f} MB"
+            )
+    return found
+
+
+def table(found: dict[str, list]) -> str:
+    """Return the measurements, and by how much each doubling of the length multiplies them."""
+    lines = ["| | tokens | seconds | per doubling | MB | per doubling |", "|---" * 6 + "|"]
+    for name, rows in found.items():
+        for before, (tokens, seconds, memory) in zip([None, *rows], rows, strict=False):
+            growth = ["", ""]
+            if before:
+                doublings = math.log2(tokens / before[0])
+                growth = [
+                    f"{(now / then) ** (1 / doublings):.2f}"
+                    for now, then in ((seconds, before[1]), (memory, max(1, before[2])))
+                ]
+            cells = [name, tokens, f"{seconds:.3f}", growth[0], f"{memory / 1e6:.0f}", growth[1]]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    full, windowed = (dict(x[:2] for x in found[f"{k} forward"]) for k in ("full", "windows"))
+    if both := sorted(full.keys() & windowed.keys()):
+        ratio = full[both[-1]] / windowed[both[-1]]
+        lines.append(f"\nAt {both[-1]} tokens windows are {ratio:.1f} times faster (forward).")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, list], path: Path):
+    """Draw time and memory against tokens."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from io import BytesIO
+
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for panel, column, label in zip(panels, (1, 2), ("seconds", "peak bytes"), strict=True):
+        for name, rows in found.items():
+            panel.plot([r[0] for r in rows], [r[column] for r in rows], "o-", label=name)
+        panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_file(path, buffer.getvalue())
+
+
+def minute(window: float = 5.0) -> str:
+    """Return the arithmetic of the paper's minute: products in one layer's 3D attention."""
+    config = paper()
+    width, rates = config.latent.width, (config.latent.rate, config.latent.context_rate)
+    window = fitting_window(rates, window)
+    lines = [
+        f"| {float(window):g} s windows | tokens | of the plan | full, TFLOP | windows | ratio |",
+        "|---" * 6 + "|",
+    ]
+    for seconds in (5, 15, 30, 60):
+        sizes = shapes(config, seconds)
+        T, height, breadth = sizes["VAE latents"][1:]
+        per_frame = height * breadth // config.latent.patch**2
+        S, *plan = sizes["z_sem"][1:]
+        streams = [Stream(T, per_frame, rates[0]), Stream(S, math.prod(plan), rates[1])]
+        total = sum(stream.frames * stream.tokens for stream in streams)
+
+        def products(groups, width=width) -> float:  # q k^T and the weighted sum of v
+            return sum(4 * width * len(g) * g.shape[1] ** 2 for g in groups) / 1e12
+
+        full = products(windows(streams, None, False))
+        parts = products(windows(streams, window, False))
+        cells = [f"{seconds} s", f"{total:,}", f"{sizes['plan tokens']:,}"]
+        cells += [f"{x:,.1f}" for x in (full, parts, full / parts)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2**k for k in range(12, 18)])
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("length.png"))
+    parser.add_argument("--json", type=Path, help="write the measurements there as well")
+    args = parser.parse_args()
+    if min(args.tokens) < 1024 or args.repeat < 1:
+        raise UserError("--tokens: at least 1024 each; --repeat: at least 1")
+    found = measured(sorted(args.tokens), args.repeat, default_device())
+    print("\n" + table(found) + "\n\n" + minute())
+    plot(found, args.out)
+    if args.json:
+        write_file(args.json, json.dumps(found, indent=1).encode())
+
+
+if __name__ == "__main__":
+    command(main)

@@ -120,6 +120,9 @@ def precompute(
         write_file(out / "cache.json", json.dumps(header, indent=1).encode())
 
     mine = range(rank, groups, processes)
+    for file in (out / "groups" / f"{g:05d}.json" for g in mine):
+        if file.exists():
+            read_group(file)  # or say now that it is damaged
     total = sum(len(videos[g * GROUP : (g + 1) * GROUP]) for g in mine)
     with tqdm(total=total, desc="encoding", unit="video", disable=not total) as bar:
         for g in mine:

@@ -13,6 +13,7 @@ import math
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -74,6 +75,7 @@ class StageConfig:
     compile: bool = False  # torch.compile: pays for long stages; rounds a little differently
     checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
     preview_every: int | None = None  # steps between previews; None = at the end alone
+    pieces: int = 1  # of a clip; VAE and encoder are trained on one of so many, as short clips
 
     def __post_init__(self):
         choices = {"optimizer": ("muon", "adamw"), "time": ("logit_normal", "uniform")}
@@ -165,19 +167,25 @@ def check_fit(config: Config):
     for name, fits in joints(values).items():
         if values[name] != fits:
             raise UserError(f"{name} is {values[name]}, but the other parts need {fits}")
-    data = config.data
     if config.dtype not in DTYPES:
         raise UserError(f"dtype={config.dtype}: choose {', '.join(DTYPES)}")
+    parts = (config.data, config.vae, config.encoder, config.compressor)
+    check_sizes(*parts, config.latent, config.semantic)
+
+
+@lru_cache(maxsize=64)  # a configuration is built several times on the way to a run
+def check_sizes(data, vae, encoder, compressor, latent: DiTConfig, semantic: DiTConfig):
+    """Raise UserError where the parts cannot be built, or do not take each other's shapes."""
     try:
-        latents = config.vae.grid(data.frames, data.height, data.width)
-        plan = config.encoder.grid(data.semantic_frames, data.semantic_height, data.semantic_width)
+        latents = vae.grid(data.frames, data.height, data.width)
+        plan = encoder.grid(data.semantic_frames, data.semantic_height, data.semantic_width)
         with torch.device("meta"):  # sizes only: nothing is computed
-            if isinstance(config.vae, TinyVAEConfig):
-                TinyVAE(replace(config.vae, blocks=1))  # all blocks are of one size
-            if isinstance(config.encoder, TinyEncoderConfig):
-                TinyEncoder(replace(config.encoder, blocks=1))
-            Compressor(config.encoder.dim, config.compressor)
-            for dit, grid in ((config.latent, latents), (config.semantic, plan)):
+            if isinstance(vae, TinyVAEConfig):
+                TinyVAE(replace(vae, blocks=1))  # all blocks are of one size
+            if isinstance(encoder, TinyEncoderConfig):
+                TinyEncoder(replace(encoder, blocks=1))
+            Compressor(encoder.dim, compressor)
+            for dit, grid in ((latent, latents), (semantic, plan)):
                 context = torch.empty(1, dit.context_channels, *plan)
                 DiT(replace(dit, depth=1))(
                     torch.empty(1, dit.channels, *grid),
@@ -219,6 +227,32 @@ def tiny() -> Config:
             base=StageConfig(steps=5000, batch=32),
         ),
         sample=SampleConfig(),
+    )
+
+
+def tiny_long() -> Config:
+    """Four times as long, with four events for each object: windows over time (Sec. 3.4).
+
+    VAE and encoder are those of `tiny`: they learn from two seconds and read longer clips in such
+    stretches. The planner sees the whole clip, the painter windows of four seconds.
+    """
+    config = tiny()
+    stages = config.stages
+    return override(
+        config,
+        preset="tiny_long",
+        data=replace(config.data, frames=64, events=4),
+        vae=replace(config.vae, span=4),
+        text=replace(config.text, words=32),
+        encoder=replace(config.encoder, span=2),
+        latent=replace(config.latent, window=4.0, time_features=False),
+        stages=StageConfigs(
+            vae=replace(stages.vae, pieces=4),
+            encoder=replace(stages.encoder, pieces=4),
+            latent=StageConfig(steps=2000, batch=16),
+            semantic=StageConfig(steps=2000, batch=32),
+            base=StageConfig(steps=4000, batch=16),
+        ),
     )
 
 
@@ -293,7 +327,12 @@ def paper() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny, "small": small, "paper": paper}
+PRESETS: dict[str, Callable[[], Config]] = {
+    "tiny": tiny,
+    "tiny_long": tiny_long,
+    "small": small,
+    "paper": paper,
+}
 
 
 def preset(name: str) -> Config:

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import textwrap
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property, partial
@@ -44,6 +43,7 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".webp", ".ap
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # frames in a folder
 TOLERANCE = 1e-3  # seconds: some containers round timestamps to a millisecond
 LARGEST = 8192 * 4320  # pixels of a frame: a damaged file may claim any number, and memory for it
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is larger, and it warns before it refuses
 STILL = 10.0  # seconds: a frame that stays longer, for hours perhaps, is cut to this
 Picture = Callable[[], Image.Image]  # only the frames that are used get converted to RGB
 
@@ -53,6 +53,7 @@ def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
     until = 0.0
     with open_image(path) as file:
         for image in ImageSequence.Iterator(file):
+            check_size(*image.size)  # a later frame may be larger
             picture = image.copy()  # decodes, which also sets the duration
             until += (image.info.get("duration") or 100) / 1000  # players take 0 for 100 ms
             yield until, picture.copy
@@ -60,14 +61,17 @@ def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
 
 def open_image(path: Path) -> Image.Image:
     """Open an image without decoding it; UserError if it claims to be larger than any video."""
-    with warnings.catch_warnings():  # Pillow would warn from its own limit on, and go on
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(path)
-    check_size(*image.size)
+    image = Image.open(path)
+    try:
+        check_size(*image.size)
+    except UserError:
+        image.close()
+        raise
     return image
 
 
 def check_size(width: int, height: int):
+    """Raise UserError, before there is memory for it, if a frame is larger than any video's."""
     if width * height > LARGEST:
         raise UserError(f"frames of {width} x {height} pixels: too large")
 
@@ -78,6 +82,8 @@ def frames_by_av(path: Path) -> Iterator[tuple[float, Picture]]:
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise UserError("there is no video in it")
+        if container.format.name == "tty":  # ffmpeg draws text files
+            raise UserError("it is text, not a video")
         stream, first, start, before = container.streams.video[0], None, 0.0, None
         check_size(stream.width, stream.height)
         usual = 1 / float(stream.average_rate or 25)  # seconds a frame
@@ -101,7 +107,7 @@ def upright(frame) -> Image.Image:
 
 def frames_by_name(folder: Path, fps: float) -> Iterator[tuple[float, Picture]]:
     """Likewise for a folder of images, in the order of their names, at a constant rate."""
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES)
+    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.is_file())
     for k, image in enumerate(images, 1):
         yield k / fps, lambda path=image: ImageOps.exif_transpose(open_image(path))
 
@@ -273,7 +279,8 @@ class Folder:
         if self.skipped:
             self.warn(f"{self.path}: skipped {len(self.skipped)} of {len(self.videos)} videos")
         if not clips:
-            raise UserError(f"{self.path}: no video can be used; the first: {self.skipped[0][1]}")
+            file, reason = self.skipped[0]
+            raise UserError(f"{self.path}: no video can be used; the first: {file}: {reason}")
         return clips
 
     def check(self):

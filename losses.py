@@ -29,7 +29,7 @@ class VAELoss(nn.ModuleDict):
 
     def __init__(self, run: Run, dataset):
         super().__init__(run.build("vae"))
-        self.dataset, self.device, data = dataset, run.device, run.config.data
+        self.dataset, self.device, data = dataset, run.device, dataset.config
         self.batch = run.config.stages.vae.batch
         self.grid = (self["vae"].channels, *self["vae"].grid(data.frames, data.height, data.width))
         self.tokens = math.prod(self.grid[1:])  # of a clip
@@ -54,7 +54,7 @@ class CaptionLoss(nn.ModuleDict):
     def __init__(self, run: Run, dataset):
         super().__init__(run.build("encoder"))
         self["captioner"] = Captioner(run.config.encoder, vocabulary(dataset))
-        self.dataset, self.device, data = dataset, run.device, run.config.data
+        self.dataset, self.device, data = dataset, run.device, dataset.config
         self.batch = run.config.stages.encoder.batch
         low_rate = (data.semantic_frames, data.semantic_height, data.semantic_width)
         self.tokens = math.prod(self["encoder"].grid(*low_rate))

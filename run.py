@@ -39,7 +39,6 @@ from files import (
     check_target,
     command,
     digest,
-    first_line,
     read_json,
     sweep,
     write_file,
@@ -391,11 +390,15 @@ class Run:
         if not file.exists():
             return None
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch names many: a zip error, an unpickling error, ...
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # of many classes; what torch says is how to run what is in the file
+            state = None
+        if not isinstance(state, dict) or not state:
             raise UserError(
-                f"{file} is not a training state ({first_line(error)[:200]}): --fresh starts over"
-            ) from None
+                f"{file} is not a training state (damaged, or another kind of file): "
+                "--fresh starts over"
+            )
+        return state
 
 
 class Metrics:

@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -75,6 +76,17 @@ def encoded(
         dataset = Cache(run.path / "cache")
     dataset.check(run)
     return dataset
+
+
+def shorter(dataset: World | Folder, pieces: int) -> World | Folder:
+    """Return the same world, or folder, in clips of a part of the length."""
+    data = dataset.config
+    if data.frames % pieces:
+        raise UserError(f"pieces={pieces}: clips of {data.frames} frames do not divide by it")
+    data = replace(data, frames=data.frames // pieces, events=max(1, data.events // pieces))
+    if isinstance(dataset, Folder):
+        return Folder(dataset.path, data, dataset.warn)
+    return type(dataset)(data, dataset.split)
 
 
 # --- optimisation --------------------------------------------------------------------------------
@@ -200,6 +212,8 @@ def train_stage(run: Run, stage: str, dataset, seed: int, team: Team | None = No
     clips = None
     if stage not in ("vae", "encoder"):
         clips = encoded(run, dataset, config.clips, team)
+    elif config.pieces > 1:
+        dataset = shorter(dataset, config.pieces)
     torch.manual_seed(piece_seed(f"{seed} {stage}") % 2**63)  # initial weights
     losses = stage_loss(run, stage, dataset, clips)
     if stage == "latent":
@@ -467,6 +481,7 @@ def main():
     parser.add_argument("--stage", required=True, choices=[*STAGES, "all"])
     parser.add_argument("--preset", default="paper", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--tiny", action="store_const", const="tiny", dest="preset")
+    parser.add_argument("--tiny-long", action="store_const", const="tiny_long", dest="preset")
     parser.add_argument("--data", type=Path, help="folder of videos, or a cache; else the world")
     parser.add_argument("--out", type=Path, help="run folder; runs/PRESET if not given")
     parser.add_argument(

@@ -9,6 +9,7 @@ Layouts: video (B, 3, F, H, W) float in [-1, 1]; latents (B, C, T, h, w).
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +38,9 @@ class VideoVAE(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Return video (B, 3, F, H, W) in [-1, 1]."""
 
+    def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the same video piece by piece, so that not all of it is in memory."""
+
 
 @dataclass(frozen=True)
 class TinyVAEConfig:
@@ -48,6 +52,7 @@ class TinyVAEConfig:
     time_patch: int = 4  # pixels frames per latent frame
     space_patch: int = 4  # pixels per latent position, each way
     kl_weight: float = 1e-3  # per latent element, against the mean of L1 + L2 per pixel
+    span: int | None = None  # latent frames coded together, longer videos in stretches; None = all
 
     @property
     def first(self) -> int:
@@ -125,14 +130,19 @@ class TinyVAE(nn.Module):
         patches = rearrange(
             video, "b c (t r) (h p) (w q) -> b (c r p q) t h w", r=time, p=space, q=space
         )
-        mean, log_variance = self.encoder(patches).chunk(2, 1)
+        coded = torch.cat([self.encoder(x) for x in self._stretches(patches)], 2)
+        mean, log_variance = coded.chunk(2, 1)
         return mean, log_variance.clamp(-20, 10)
+
+    def _stretches(self, x: Tensor) -> Sequence[Tensor]:
+        """Cut (B, c, T, h, w) into what is coded together."""
+        return x.split(self.config.span or x.shape[2], 2)
 
     def reconstruct(self, raw: Tensor) -> Tensor:
         """Decode raw latents (B, C, T, h, w) -> video (B, 3, F, H, W), not clamped."""
         time, space = self.config.time_patch, self.config.space_patch
         return rearrange(
-            self.decoder(raw),
+            torch.cat([self.decoder(x) for x in self._stretches(raw)], 2),
             "b (c r p q) t h w -> b c (t r) (h p) (w q)",
             r=time,
             p=space,
@@ -169,6 +179,10 @@ class TinyVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Return video in [-1, 1]: (B, C, T, h, w) -> (B, 3, F, H, W) float32."""
         return self.reconstruct(latents * self.std + self.mean).float().clamp(-1, 1)
+
+    def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the same video, one stretch after the other."""
+        yield from map(self.decode, self._stretches(latents))
 
 
 # --- a released VAE -----------------------------------------------------------------------------
@@ -292,3 +306,7 @@ class WanVAE(nn.Module):
         """Return video in [-1, 1]: (B, C, T, h, w) -> (B, 3, 4 (T - 1) + 1, H, W) float32."""
         raw = (latents * self.std + self.mean).to(self.model.dtype)
         return self.model.decode(raw).sample.float()
+
+    def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the whole video: diffusers decodes frame after frame, but gives all at once."""
+        yield self.decode(latents)

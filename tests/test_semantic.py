@@ -364,3 +364,15 @@ def test_eight_captions_are_learned():
         f"{losses[0]:.2f} to {losses[-1]:.3f}"
     )
     assert exact.all()
+
+
+def test_an_encoder_with_a_span_reads_stretches_each_by_itself():
+    config = TinyEncoderConfig(**vars(SMALL) | {"span": 2})
+    encoder = seeded(TinyEncoder, config)
+    video = clips(2, 10, 16, 16)  # two stretches of two pairs, and one pair
+    found = encoder.encode(video)
+    alone = torch.cat([encoder.encode(part) for part in video.split(4, 2)], 2)
+    assert found.shape[2] == 5 and torch.equal(found, alone)
+    everything = seeded(TinyEncoder, SMALL)
+    everything.load_state_dict(encoder.state_dict())
+    assert not torch.allclose(everything.encode(video)[:, :, :2], found[:, :, :2])

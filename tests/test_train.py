@@ -715,3 +715,23 @@ def test_metrics_go_to_tensorboard_too(tmp_path):
     shown = {(e.step, round(e.value, 5)) for e in board.Scalars("vae/loss")}
     lines = metrics(Run.open(tmp_path), "vae")
     assert shown == {(line["step"], round(line["loss"], 5)) for line in lines}
+
+
+def test_vae_and_encoder_may_learn_from_pieces_of_long_clips(tmp_path, monkeypatch):
+    """Of a world of stories they see single events; the generators see whole clips."""
+    seen = {}
+
+    def recorded(run, stage, dataset, clips):
+        seen[stage] = dataset.config
+        return stage_loss(run, stage, dataset, clips)
+
+    stage_loss = train.stage_loss
+    monkeypatch.setattr(train, "stage_loss", recorded)
+    settings = ["data.frames=16", "data.events=2", "vae.span=2", "encoder.span=1", "text.words=20"]
+    settings += [f"stages.{stage}.pieces=2" for stage in ("vae", "encoder")]
+    run = Run.create(tmp_path, micro(*settings, *(f"stages.{s}.steps=1" for s in STAGES)))
+    train.train(run, ["semantic"], few(run), seed=0)
+    assert {(d.frames, d.events) for d in (seen["vae"], seen["encoder"])} == {(8, 1)}
+    assert {(d.frames, d.events) for d in (seen["latent"], seen["semantic"])} == {(16, 2)}
+    with pytest.raises(UserError, match="do not divide"):
+        train.shorter(few(run), 3)

@@ -223,3 +223,24 @@ def test_encode_and_decode_make_no_graph():
     latents = vae.encode(clips().requires_grad_())
     assert not latents.requires_grad
     assert not vae.decode(latents.requires_grad_()).requires_grad
+
+
+# --- stretches ----------------------------------------------------------------------------------
+
+
+def test_stretches_are_coded_each_by_itself():
+    """With a span, a long video is what its stretches are alone; piece by piece it is the same."""
+    config = TinyVAEConfig(width=8, blocks=1, channels=4, span=2)
+    torch.manual_seed(0)
+    vae = TinyVAE(config).eval()
+    video = torch.rand(2, 3, 20, 16, 16) * 2 - 1  # two stretches of 8 frames, and half a one
+    latents = vae.encode(video)
+    alone = [vae.encode(part) for part in video.split(8, 2)]
+    assert torch.equal(latents, torch.cat(alone, 2)) and latents.shape[2] == 5
+    pieces = list(vae.decode_pieces(latents))
+    assert [piece.shape[2] for piece in pieces] == [8, 8, 4]
+    assert torch.equal(torch.cat(pieces, 2), vae.decode(latents))
+    whole = TinyVAE(TinyVAEConfig(**{**vars(config), "span": None})).eval()
+    whole.load_state_dict(vae.state_dict())
+    assert len(list(whole.decode_pieces(latents))) == 1
+    assert not torch.equal(whole.encode(video), latents)  # there, all frames know one another

@@ -42,8 +42,8 @@ def command(main: Callable[[], None]):
     except UserError as error:
         refuse(str(error))
     except OSError as error:
-        named = error.strerror and error.filename is not None
-        refuse(f"{error.filename}: {error.strerror}" if named else str(error))
+        where = "" if error.filename is None else f"{error.filename}: "
+        refuse(f"{where}{error.strerror}" if error.strerror else str(error))
     except (MemoryError, RuntimeError) as error:
         said = first_line(error)  # torch has no class of its own for the memory of a CPU
         if not isinstance(error, MemoryError) and not re.search("allocate memory|of memory", said):

@@ -345,6 +345,10 @@ def test_time_grid_is_the_shifted_even_grid_from_1_to_0(steps, shift):
     assert_close(grid, shift_time(1 - torch.arange(steps + 1).double() / steps, shift), 1e-6)
 
 
+def test_without_a_shift_the_times_are_even():
+    assert time_grid(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
 @pytest.mark.parametrize("steps", [0, -1])
 def test_time_grid_needs_a_step(steps):
     with pytest.raises(ValueError, match="at least 1"):

@@ -6,6 +6,9 @@ predicts one word after the other and knows only the words before it. Fixed seed
 """
 
 import math
+import re
+from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from config import override, tiny
 from run import Run
 from semantic import Captioner, Compressor, CompressorConfig, TinyEncoder, TinyEncoderConfig
 
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SMALL = TinyEncoderConfig(dim=32, blocks=2, heads=2, caption_blocks=2, caption_words=6)
 VOCABULARY = ["a", "red", "blue", "circle", "moves", "left", "and", "cross"]
 CAPTIONS = ["a red circle moves left", "a blue cross", "a", "blue and red and blue and red and a"]
@@ -50,6 +54,21 @@ features = randn(4, 12, 3, 2, 5)  # (B, d, S, hs, ws)
 
 def compressor(**fields) -> Compressor:
     return seeded(Compressor, 12, CompressorConfig(channels=3, hidden=16, **fields))
+
+
+def test_the_published_and_documented_numbers_are_the_defaults():
+    """K = 8 is best in the paper's Table 3; the others are README's, and 256 are hidden."""
+    config = CompressorConfig()
+    made = Compressor(12, config)
+    assert [tuple(p.shape) for p in made.parameters()] == [(256, 12), (256,), (16, 256), (16,)]
+    assert made.channels == config.channels == 8
+    rows = dict(re.findall(r"^\| ([^|]+) \| (.+?) \| `compressor\.\w+` \|$", README, re.M))
+    assert rows.pop("KL weight").startswith("3e-5 on nats per token") and config.kl_weight == 3e-5
+    assert rows.pop("log-variance at the start") == "-4" and config.log_variance == -4
+    assert rows.pop("noise on z_sem").startswith("0.2 abs(N(0, 1))") and config.noise == 0.2
+    assert not rows
+    with pytest.raises(FrozenInstanceError):
+        config.noise = 0.3
 
 
 def test_kl_is_torchs_and_z_sem_is_mean_plus_deviation_times_noise():
@@ -96,12 +115,15 @@ def test_a_fresh_posterior_has_about_unit_means_and_the_variance_it_is_told(log_
     assert_close(found, log_variance)
     std = mean.std((0, 2, 3, 4))
     assert ((std > 0.3) & (std < 2)).all(), f"deviations of the means: {std.tolist()}"
+    rows = made.mlp[2].weight[:8]
+    assert_close(rows @ rows.T, 4 * torch.eye(8))  # uncorrelated, of length 2
 
 
-@pytest.mark.parametrize("bias", [-1e4, 1e4])
-def test_a_wild_log_variance_stays_finite(bias):
+@pytest.mark.parametrize("bias, bound", [(-1e4, -20.0), (1e4, 10.0)])
+def test_a_wild_log_variance_is_bounded(bias, bound):
     made = compressor()
     nn.init.constant_(made.mlp[2].bias[3:], bias)
+    assert_close(made.posterior(features)[1], bound, 0.0)
     z_sem, kl = made(features, randn(4, 3, 3, 2, 5))
     assert z_sem.isfinite().all() and kl.isfinite().all()
 
@@ -141,6 +163,26 @@ def test_scaled_and_shifted_features_compress_alike_once_measured():
         plans.append(made.encode(these))
     assert_close(plans[1], plans[0], 0.02)  # float32 around shifts of hundreds
     assert_close(compressor().encode(features).std(), plans[0].std(), 1.0)
+
+
+def test_a_feature_that_never_changes_is_a_zero():
+    still = features.clone()
+    still[:, 3] = 0.75  # its sums are exact
+    made = compressor()
+    made.set_feature_statistics(still)
+    assert made.feature_std.min().item() == made.feature_std[3].item() == pytest.approx(1e-6)
+    made.feature_std[3] = 1.0
+    plan = made.encode(still)
+    made.feature_std[3] = 1e-6
+    assert plan.isfinite().all() and made.encode(still).equal(plan)
+
+
+def test_statistics_are_numbers_without_a_graph():
+    made = compressor()
+    learned = features.clone().requires_grad_()
+    made.set_feature_statistics(learned)
+    made.set_statistics(learned)
+    assert not any(buffer.requires_grad for buffer in made.buffers())
 
 
 def test_training_noise_has_deviation_tau_times_level_of_each_channels_own():

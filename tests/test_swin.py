@@ -243,6 +243,16 @@ def test_merge_keeps_the_dtype(dtype):
     assert merge(partition(x, groups), groups).equal(x)
 
 
+def test_groups_are_made_where_they_are_asked_for_and_serve_tensors_elsewhere():
+    """The meta device stands for a GPU: it refuses to be mixed with the CPU just as a GPU does."""
+    here, there = windows(MINUTE, 5.0, True), windows(MINUTE, 5.0, True, "meta")
+    assert [group.shape for group in there] == [group.shape for group in here]
+    assert {group.device.type for group in there} == {"meta"}
+    x = torch.empty(2, 361 * 4 + 48 * 2, 3, device="meta")
+    merged = merge(partition(x, here), here)
+    assert merged.device == x.device and merged.shape == x.shape
+
+
 # --- attention against the rule ----------------------------------------------------------------
 
 
@@ -400,6 +410,13 @@ def test_half_a_window_must_hold_whole_frames_too():
     windows(one, 4.0, False)
 
 
+def test_a_window_that_does_not_fit_is_refused_with_a_single_cut_too():
+    with pytest.raises(ValueError, match="must hold whole frames"):
+        windows([Stream(4, 1, 1.0)], 3.0, False)
+    (whole,) = windows([Stream(3, 1, 1.0)], 3.0, False)  # nothing is cut, so any length will do
+    assert whole.tolist() == [[0, 1, 2]]
+
+
 @pytest.mark.parametrize("window", [0, -5.0])
 def test_a_window_must_be_positive(window):
     with pytest.raises(ValueError, match="positive"):
@@ -430,6 +447,15 @@ def test_groups_are_computed_once_and_the_list_is_ones_own():
     assert all(a is b for a, b in zip(first, again, strict=True))
     first.clear()
     assert len(windows(MINUTE, 5.0, True)) == 3
+
+
+def test_the_cache_does_not_grow_with_every_length_of_clip():
+    streams = [Stream(17, 1, 6.0)]
+    first = windows(streams, 1.0, False)[0]
+    for frames in range(100, 400):
+        windows([Stream(frames, 1, 6.0)], 100.0, False)
+    again = windows(streams, 1.0, False)[0]
+    assert again is not first and again.equal(first)
 
 
 def test_groups_first_asked_for_while_sampling_serve_training():

@@ -374,12 +374,14 @@ def parse_value(text: str, kind: type, name: str):
 def part_type(hint, values: dict, prefix: str) -> type | None:
     """Return the dataclass that a field holds: of several, the one whose fields are in values."""
     kinds = [k for k in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(k)]
+    if not kinds:
+        return None
     there = {name.removeprefix(prefix) for name in values if name.startswith(prefix)}
 
     def differences(kind: type) -> int:
         return len({field.name for field in dataclasses.fields(kind)} ^ there)
 
-    return min(kinds, key=differences, default=None)
+    return min(kinds, key=differences)
 
 
 def build_part(kind: type, name: str, values: dict, prefix: str = ""):

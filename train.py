@@ -178,14 +178,23 @@ class Progress:
             return
         try:
             began_with = state["seed"]
-            self.step, self.bad, self.seconds = state["step"], state["bad"], state["seconds"]
-            self.pending = state["pending"]
+            self.step, self.bad = int(state["step"]), int(state["bad"])
+            self.seconds, self.pending = float(state["seconds"]), list(state["pending"])
+            if state["modules"].keys() != self.ema.keys() or not state["optimizers"]["state"]:
+                raise ValueError("it has other weights")
             set_state(self.losses, self.optimizers, state)
             for name, x in self.ema.items():
                 if state["ema"][name].shape != x.shape:
                     raise ValueError(f"its {name} has another shape")
                 local(x).copy_(local(shared_like(state["ema"][name], x)))
-        except (KeyError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        except (
+            LookupError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            AssertionError,
+        ) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
             raise UserError(
                 f"{self.run.state_file(self.stage)} does not fit this run ({reason}): "

@@ -380,11 +380,11 @@ def precompute(args: argparse.Namespace):
     from run import Run, check_weights_named, parts_from_flags
 
     check_target(args.out, folder=True)
-    base = Run.open(args.run).config if args.run else preset(args.preset)
+    base = Run.open(args.parts).config if args.parts else preset(args.preset)
     config = override(base, args.settings, **parts_from_flags(args))
     check_weights_named(config)
-    run = Run(args.run or args.out, config)
-    if not args.run and not (run.released("vae") and run.released("encoder")):
+    run = Run(args.parts or args.out, config)
+    if not args.parts and not (run.released("vae") and run.released("encoder")):
         raise UserError(f"preset {args.preset} trains parts of its own: name a run that has them")
     if run.device.type == "cuda":
         run.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -406,7 +406,8 @@ def main():
     two = commands.add_parser("precompute", help="encode a folder of videos into a feature cache")
     two.add_argument("folder", type=Path, help="folder of videos with captions")
     two.add_argument("--out", type=Path, required=True, help="folder of the cache")
-    two.add_argument("--run", type=Path, help="a run, whose parts and sizes are taken")
+    # Not --run, which torchrun would take for one of its own.
+    two.add_argument("--parts", type=Path, help="a run, whose parts and sizes are taken")
     two.add_argument("--preset", default="paper", help="where no run is named")
     two.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="stored")
     two.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")

@@ -402,15 +402,15 @@ COMMANDS = [  # command, arguments, words of the message
     ("data", ["precompute", "videos", "--out", "new"], ["--qwen"]),
     ("data", ["precompute", "videos", "--out", "new", "--preset", "x"], ["choose tiny"]),
     ("data", ["precompute", "videos", "--out", "new", "--preset", "tiny"], ["name a run"]),
-    ("data", ["precompute", "nowhere", "--out", "new", "--run", "run"], ["no such folder"]),
-    ("data", ["precompute", "empty", "--out", "new", "--run", "run"], ["neither captions"]),
-    ("data", ["precompute", "videos", "--out", "new", "--run", "nowhere"], ["is no run"]),
-    ("data", ["precompute", "videos", "--out", "text.txt", "--run", "run"], ["is a file"]),
-    ("data", ["precompute", "videos", "--out", "text.txt/x", "--run", "run"], ["is a file"]),
-    ("data", ["precompute", "videos", "--out", "cache", "--run", "run"], ["is stale", "stored"]),
+    ("data", ["precompute", "nowhere", "--out", "new", "--parts", "run"], ["no such folder"]),
+    ("data", ["precompute", "empty", "--out", "new", "--parts", "run"], ["neither captions"]),
+    ("data", ["precompute", "videos", "--out", "new", "--parts", "nowhere"], ["is no run"]),
+    ("data", ["precompute", "videos", "--out", "text.txt", "--parts", "run"], ["is a file"]),
+    ("data", ["precompute", "videos", "--out", "text.txt/x", "--parts", "run"], ["is a file"]),
+    ("data", ["precompute", "videos", "--out", "cache", "--parts", "run"], ["is stale", "stored"]),
     (
         "data",
-        ["precompute", "videos", "--out", "new", "--run", "run", "--set", "data.fps=nan"],
+        ["precompute", "videos", "--out", "new", "--parts", "run", "--set", "data.fps=nan"],
         ["data.fps=nan"],
     ),
     # run.py
@@ -503,7 +503,7 @@ WRITERS = [
     ("sample", ["x", "--run", "run", "--out", "new/x.webp"]),
     ("sample", ["x", "y", "--run", "run", "--out", "x.gif"]),
     ("data", ["preview", "--out", "new/deep/x.png"]),
-    ("data", ["precompute", "videos", "--run", "run", "--out", "new"]),
+    ("data", ["precompute", "videos", "--parts", "run", "--out", "new"]),
     ("run", ["export", "run", "new"]),
 ]
 
@@ -665,7 +665,7 @@ def test_captions_that_are_only_odd(desk, capsys, content, clips):
     assert call(data.main, "preview", "--data", "videos", "--out", "x.png") == 0
     said = capsys.readouterr()
     assert f"{clips} of {clips} clips" in said.out and not said.err
-    arguments = ["precompute", "videos", "--run", "run", "--out", "new", "--dtype", "float32"]
+    arguments = ["precompute", "videos", "--parts", "run", "--out", "new", "--dtype", "float32"]
     assert call(data.main, *arguments) == 0
     assert len(Cache(Path("new"))) == clips * 2  # of one second, not of two
 
@@ -1150,7 +1150,7 @@ def test_the_cache_of_the_corpus_would_do_without_the_damage(desk, encoded_again
 
 def test_an_unfinished_cache_is_refused_and_a_damaged_group_told_by_precompute(desk, capsys):
     group = Path("cache/groups/00000.json")
-    arguments = ["precompute", "videos", "--run", "run", "--out", "cache", "--dtype", "float32"]
+    arguments = ["precompute", "videos", "--parts", "run", "--out", "cache", "--dtype", "float32"]
     group.write_bytes(b"[]")
     refused(capsys, data.main, *arguments, words=["00000.json", "remove it"])
     group.unlink()

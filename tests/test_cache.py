@@ -337,7 +337,7 @@ def test_a_folder_is_encoded_first_and_a_cache_of_it_trains_the_same(
     common = ["--tiny", "--set", *MICRO, "--out"]
     assert call(train.main, "--stage", "all", "--data", folder, *common, one) == 0
     assert Cache(one / "cache").captions([0]) == ["a"]
-    assert call(data.main, "precompute", folder, "--run", one, "--out", tmp_path / "cache") == 0
+    assert call(data.main, "precompute", folder, "--parts", one, "--out", tmp_path / "cache") == 0
     assert tree(tmp_path / "cache") == tree(one / "cache")
 
     Run.create(other, Run.open(one).config)

@@ -75,7 +75,7 @@ class StageConfig:
     compile: bool = False  # torch.compile: pays for long stages; rounds a little differently
     checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
     preview_every: int | None = None  # steps between previews; None = at the end alone
-    pieces: int = 1  # of a clip; VAE and encoder are trained on one of so many, as short clips
+    pieces: int = 1  # of a clip; a step learns from a stretch of one such length
 
     def __post_init__(self):
         choices = {"optimizer": ("muon", "adamw"), "time": ("logit_normal", "uniform")}
@@ -234,7 +234,8 @@ def tiny_long() -> Config:
     """Four times as long, with four events for each object: windows over time (Sec. 3.4).
 
     VAE and encoder are those of `tiny`: they learn from two seconds and read longer clips in such
-    stretches. The planner sees the whole clip, the painter windows of four seconds.
+    stretches. The planner sees the whole clip, the painter windows of two seconds; without absolute
+    time it paints any stretch alike, and learns from stretches of half a clip.
     """
     config = tiny()
     stages = config.stages
@@ -245,13 +246,13 @@ def tiny_long() -> Config:
         vae=replace(config.vae, span=4),
         text=replace(config.text, words=32),
         encoder=replace(config.encoder, span=2),
-        latent=replace(config.latent, window=4.0, time_features=False),
+        latent=replace(config.latent, window=2.0, time_features=False),
         stages=StageConfigs(
             vae=replace(stages.vae, pieces=4),
             encoder=replace(stages.encoder, pieces=4),
-            latent=StageConfig(steps=2000, batch=16),
+            latent=StageConfig(steps=2000, batch=16, clips=4096, pieces=2),
             semantic=StageConfig(steps=2000, batch=32),
-            base=StageConfig(steps=4000, batch=16),
+            base=StageConfig(steps=4000, batch=16, clips=4096, pieces=2),
         ),
     )
 

@@ -10,12 +10,14 @@ compressor with it and with its KL.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from cache import Cache, Memory
 from config import StageConfig
+from files import UserError
 from flow import flow_loss, path, sample_time
 from run import Run
 from semantic import Captioner
@@ -91,10 +93,19 @@ class DiffusionLoss(nn.ModuleDict):
         self.frozen = (run.painter["compressor"],) if stage == "semantic" else ()
         dit, data = self["dit"].config, run.config.data
         low_rate = (data.semantic_frames, data.semantic_height, data.semantic_width)
-        plan = math.prod(run.config.encoder.grid(*low_rate))
-        latents = math.prod(run.config.vae.grid(data.frames, data.height, data.width))
-        latents //= dit.patch**2
-        self.tokens = {"latent": latents + plan, "semantic": plan, "base": latents}[stage]
+        plan = run.config.encoder.grid(*low_rate)
+        latents = run.config.vae.grid(data.frames, data.height, data.width)
+        # A clip can be cut where a frame of the plan and one of the latents begin together.
+        self.cuts, self.seconds = math.gcd(plan[0], latents[0]), data.seconds
+        pieces = self.config.pieces
+        if self.cuts % pieces:
+            raise UserError(
+                f"stages.{stage}.pieces={pieces}: plan and latents can be cut together into "
+                f"{self.cuts} equal stretches, which do not divide by it"
+            )
+        planned, painted = math.prod(plan), math.prod(latents) // dit.patch**2
+        tokens = {"latent": painted + planned, "semantic": planned, "base": painted}[stage]
+        self.tokens = tokens // pieces  # of a clip
 
     @property
     def compressor(self) -> nn.Module:
@@ -103,6 +114,22 @@ class DiffusionLoss(nn.ModuleDict):
     def indices(self, rng: torch.Generator) -> Tensor:
         """Draw the clips of a batch, (B,), with repetition."""
         return torch.randint(len(self.clips), (self.config.batch,), generator=rng)
+
+    def stretch(self, rng: torch.Generator) -> tuple[Callable[[Tensor], Tensor], float]:
+        """Choose the stretch of the clips that this step learns from: 1 / pieces of their length.
+
+        Returns what cuts it out of (B, c, frames, h, w) at either rate, and the second it starts.
+        """
+        if self.config.pieces == 1:
+            return (lambda x: x), 0.0
+        long = self.cuts // self.config.pieces
+        first = int(torch.randint(self.cuts - long + 1, (1,), generator=rng))
+
+        def cut(x: Tensor) -> Tensor:
+            each = x.shape[2] // self.cuts  # frames between two places to cut
+            return x.narrow(2, first * each, long * each)
+
+        return cut, first / self.cuts * self.seconds
 
     def draw(self, rng: torch.Generator, rows: slice) -> dict[str, Tensor]:
         config = self.config
@@ -114,12 +141,14 @@ class DiffusionLoss(nn.ModuleDict):
             return (torch.rand(config.batch, generator=rng) >= dropout)[rows].to(self.device)
 
         indices = self.indices(rng)[rows]
+        cut, start = self.stretch(rng)
         inputs = {
+            "start": torch.tensor(start, device=self.device),
             "text": self.clips.text(indices).to(self.device)
-            * keep(config.text_dropout)[:, None, None]
+            * keep(config.text_dropout)[:, None, None],
         }
         if self.stage != "base":
-            inputs["features"] = self.clips.features(indices).to(self.device)
+            inputs["features"] = cut(self.clips.features(indices)).to(self.device)
             plan = (config.batch, self.compressor.channels, *inputs["features"].shape[2:])
             inputs["plan_noise"] = normal(*plan)
         if self.stage == "latent":
@@ -127,7 +156,7 @@ class DiffusionLoss(nn.ModuleDict):
             inputs["keep_context"] = keep(config.context_dropout)
         shape = plan if self.stage == "semantic" else None
         if self.stage != "semantic":
-            mean, log_variance = (x.to(self.device) for x in self.clips.latents(indices))
+            mean, log_variance = (cut(x).to(self.device) for x in self.clips.latents(indices))
             shape = (config.batch, *mean.shape[1:])
             inputs["latents"] = mean
             if config.posterior:
@@ -148,9 +177,10 @@ class DiffusionLoss(nn.ModuleDict):
         level: Tensor | None = None,
         perturbation: Tensor | None = None,
         keep_context: Tensor | None = None,
+        start: Tensor | float = 0.0,
     ) -> tuple[Tensor, Logs]:
         """Rows of: text (B, L, dim); latents (B, C, T, h, w); features (B, d, S, hs, ws); the rest
-        is noise like what it is for, t (B,) and keep_context (B,) bool."""
+        is noise like what it is for, t (B,) and keep_context (B,) bool; start: seconds, ()."""
         data, conditions = latents, {}
         if features is not None:
             z_sem, kl = self.compressor(features, plan_noise)
@@ -159,7 +189,7 @@ class DiffusionLoss(nn.ModuleDict):
         if self.stage == "latent":
             context = self.compressor.perturb(z_sem, level, perturbation)
             conditions = {"context": context, "keep_context": keep_context}
-        velocity = self["dit"](path(data, noise, t), t, text, **conditions)
+        velocity = self["dit"](path(data, noise, t), t, text, start=start, **conditions)
         by_sample = flow_loss(velocity, data, noise)  # (rows,)
         logs = {"flow": by_sample.detach()}
         for i in range(4):  # the loss by quarters of t

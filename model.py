@@ -255,13 +255,14 @@ class DiT(nn.Module):
         text: Tensor,
         context: Tensor | None = None,
         keep_context: Tensor | None = None,
+        start: Tensor | float = 0.0,
     ) -> Tensor:
         """Predict the velocity of z.
 
         z: (B, C, T, h, w) noisy latents; t: (B,) in [0, 1], 1 = noise; text: (B, L, text_dim),
         zeros = the null text; context: (B, K, S, hs, ws) semantics, exactly when the config has a
-        context; keep_context: (B,) bool, False = this sample's plan is dropped. Returns
-        (B, C, T, h, w). Raises ValueError for sizes or conditions that do not fit the config.
+        context; keep_context: (B,) bool, False = this sample's plan is dropped; start: seconds of
+        the video before z. Returns (B, C, T, h, w). Raises ValueError for sizes or conditions that do not fit the config.
         """
         config, (_, _, frames, height, width) = self.config, z.shape
         p = config.patch
@@ -286,7 +287,9 @@ class DiT(nn.Module):
             )
             coords.append(grid_coords(*context.shape[2:], config.context_rate))
 
-        features, cos, sin = self.positions(torch.cat(coords).to(z.device))
+        coords = torch.cat(coords).to(z.device)
+        coords = torch.cat([coords[:, :1] + start, coords[:, 1:]], 1)
+        features, cos, sin = self.positions(coords)  # (N, D), (N, d/2), (N, d/2)
         x = x + features.to(x)
         time = F.silu(self.time_in(time_features(t)))  # (B, D)
         text = self.text_in(text)  # (B, L, D)

@@ -247,7 +247,9 @@ class Run:
             return nn.ModuleDict({"compressor": compressor, "dit": DiT(config.latent)})
         if stage == "semantic":
             return nn.ModuleDict({"dit": DiT(config.semantic)})
-        return nn.ModuleDict({"dit": DiT(replace(config.latent, context_channels=0))})
+        # The base's windows have no plan to tell them when they are: it needs absolute time.
+        base = replace(config.latent, context_channels=0, time_features=True)
+        return nn.ModuleDict({"dit": DiT(base)})
 
     def released(self, part: str) -> bool:
         """Return whether a part ("vae", "encoder", "text") comes with released weights."""

@@ -1,13 +1,29 @@
-"""Change flow.py, swin.py and the Compressor in small ways, one at a time; do the tests notice?
+"""Change flow.py, swin.py and the Compressor in small ways, one at a time: do the tests notice?
 
-pip install mutmut                                        # no dependency of the project
-nice python benchmarks/mutants.py                         # all three
-nice python benchmarks/mutants.py swin.py --only 12 34    # these two again, with their tests
+    pip install mutmut                                        # no dependency of the project
+    nice python benchmarks/mutants.py                         # all three: 7 minutes of one core
+    nice python benchmarks/mutants.py swin.py --only 47 54    # these two again, with what failed
 
-With --quick, in some five minutes of one core: flow.py 108 of 108 killed, swin.py 250 of 270, the
-Compressor 218 of 219. What survives changes nothing: `strict` of a zip over lists that are as long
-as each other by construction (15), the size of a cache, limits of fractions finer than any rate,
-`.to(None)` on one device, and a mean over the only axis that is left.
+The changes are those of mutmut 3 (an argument dropped or None, a number one more, an operator or a
+default exchanged, ...) and the loss of a decorator. mutmut itself leaves out functions with a
+decorator and the bodies of classes: the core of swin.py, what measures the Compressor's statistics,
+every default of its configuration. So they are made here, by its operators; annotations and
+docstrings stay. A file is tested by its own test file only, each mutant in a fork of a process that
+has imported torch and collected the tests: first with 5 examples of each property, and if it
+survives that, with all of them. The files themselves are not touched.
+
+    mutmut 3.8.1, torch 2.13.0    killed / all    before the tests were strengthened
+    flow.py                       108 / 108       107
+    swin.py                       251 / 270       242
+    semantic.py, the compressor   219 / 219       204
+
+The 19 survivors, all in swin.py:
+- 15: `strict=` of a zip False, None or gone. Its arguments have equal lengths always: it is there
+  for the reader, and for the day when that is no longer so.
+- 2: fractions limited to denominators of one more than 10 000 and 1 000 000: any such number will
+  do. 1: a cache of 65 instead of 64; that it has an end is tested.
+- 1: indices that stay on the CPU in `partition`: only a GPU would refuse (in `merge` the meta
+  device does, too).
 """
 
 import argparse
@@ -42,7 +58,7 @@ TARGETS = {  # file -> the classes to change (none: everything), its tests
 ARGUMENTS = ["-x", "-q", "-p", "no:cacheprovider", "-s"]
 ARGUMENTS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is imported already
 EXAMPLES = 5, 100  # few of each property kill most; the survivors see as many as the suite has
-PLACES = str(ROOT), str(ROOT / "tests")
+PLACES = str(ROOT), str(ROOT / "tests")  # of modules that may hold parts of what is changed
 SLOW = "compiled"  # a test for the survivors only
 SECONDS = 60  # of processor time: a mutant that needs more is caught, too
 
@@ -163,6 +179,10 @@ class Mutants:
                     flush=True,
                 )
         return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport):
+        if report.failed:
+            print(f"\n{report.nodeid}", report.longreprtext, sep="\n", flush=True)
 
     def outcome(self, session: pytest.Session, source: str, show: bool = False) -> str:
         """Say how the tests of a mutant end: first with few examples, then with all of them."""

@@ -327,6 +327,11 @@ class Folder:
 # --- looking at clips ---------------------------------------------------------------------------
 
 
+def shown_frames(frames: int) -> list[int]:
+    """Return which frames of a video a sheet shows: up to 8, the first and the last with them."""
+    return np.linspace(0, frames - 1, min(frames, 8)).round().astype(int).tolist()
+
+
 def contact_sheet(videos: Tensor, labels: Sequence[str], path: Path | None = None) -> Image.Image:
     """Draw one row for each clip, up to 8 of its frames under its label; write it as PNG to path.
 
@@ -335,7 +340,7 @@ def contact_sheet(videos: Tensor, labels: Sequence[str], path: Path | None = Non
     B, _, F, H, W = videos.shape
     scale, gap, line = max(1, round(128 / max(H, W))), 4, 18  # pixels
     H, W = H * scale, W * scale
-    numbers = np.linspace(0, F - 1, min(F, 8)).round().astype(int)
+    numbers = shown_frames(F)
     width = max(480, len(numbers) * (W + gap) + gap)
     font = ImageFont.load_default(14)
     columns = int((width - 2 * gap) / font.getlength("W"))

@@ -4,13 +4,16 @@
     python evaluate.py --run runs/tiny --plans        # also with other plans than stage 1's
     python evaluate.py --run runs/tiny --base         # the base model instead
     python evaluate.py --run runs/tiny --sweep        # at several guidance scales
+    python evaluate.py --run runs/tiny_long --long    # stories: identity, events, drift
 
 What a video shows is read from its pixels alone (reader.py). Every score is a mean in percent:
 """
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,12 +22,12 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 from tqdm import tqdm
 
-from config import check_number
+from config import check_number, clip_frames
 from files import UserError, check_target, command, write_file
-from reader import read, tracks
+from reader import UNCLEAR, read, read_stories, tracks
 from run import ASSETS, Run, computing
 from sample import generate, paint, reference_plans
-from world import Thing, World, to_float, to_uint8
+from world import GROWTH, MOTIONS, Thing, World, motions_of, to_float, to_uint8
 
 SCORES = {  # name -> how it is computed
     "exact": "prompts whose objects are all there, in order, each right in all its attributes",
@@ -39,6 +42,19 @@ SCORES = {  # name -> how it is computed
     "smooth": "100 - mean difference of a frame from the mean of its neighbours, likewise",
     "moved": "path of the objects' centres and change of their radius, in percent of the frame",
 }
+VIEWS = ("subject", "flicker", "smooth", "moved")  # scores that know nothing of the prompt
+LONG_SCORES = {  # of clips with several events, --long
+    "exact": "clips in which number, colours, shapes, sizes and all events are right",
+    "number": "clips with the right number of objects, each of them there in every event",
+    "colour": "of these, clips whose colours are right, in order, from the first event to the last",
+    "shape": "clips in which each shape is right in every event in which the object is large",
+    "size": "clips in which no radius is ever a quarter off what the events make of it",
+    "story": "clips in which colours and all events are right, in order",
+    "event": "events that are right",
+    **{name: SCORES[name] for name in VIEWS},
+}
+DRIFT = ("colour", "shape", *VIEWS)  # scores whose drift is told
+ENDS = 0.15  # of a clip, its first and its last part: drift is by how much their scores differ
 PLANS = ("oracle", "shuffled", "zeroed", "dropped")  # other plans than stage 1's
 SCALES = ("guidance", "latent_guidance", "context_guidance", "base_guidance")
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)  # all scales alike in --sweep
@@ -101,13 +117,83 @@ def score(run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]]) -> dict[s
     for video, scene in zip(videos, scenes, strict=True):
         for name, found in agreement(read(video, run.config.data.events), scene).items():
             values[name] += found
-        values["moved"].append(motion_amount(video) / 100)
+    scores = {name: 100 * sum(v) / len(v) for name, v in values.items() if v}
+    return scores | {name: float(x.mean()) for name, x in views(run, videos).items()}
+
+
+def size_kept(radii: Tensor, motion: str) -> bool:
+    """Return whether an object's radii (F,) follow its events, up to one factor for all of them."""
+    motions = motions_of(motion)
+    growth = torch.tensor([0, *(MOTIONS[name][2] for name in motions)]).cumsum(0)
+    times = torch.linspace(0, len(radii) - 1, len(growth)).round().long()  # where events meet
+    error = radii[times].clamp(min=1e-3).log() - growth * math.log(GROWTH)
+    return bool((error - error.mean()).abs().max() < math.log(1.25))
+
+
+def long_agreement(video: Tensor, scene: Sequence[Thing], events: int) -> dict[str, list[float]]:
+    """Return the accuracies of LONG_SCORES of one clip (3, F, H, W) uint8, 0 or 1."""
+    found = read_stories(video, events)
+    pairs = list(zip(found, scene, strict=False))
+    right = {"number": len(found) == len(scene) and all(all(story.present) for story in found)}
+    right["colour"] = right["number"] and all(f.colour == w.colour for f, w in pairs)
+    right["shape"] = right["number"] and all(set(f.shapes) == {w.shape} for f, w in pairs)
+    right["size"] = right["number"] and all(size_kept(f.radii, w.motion) for f, w in pairs)
+    right["story"] = right["colour"] and all(f.motion == w.motion for f, w in pairs)
+    right["exact"] = right["story"] and right["shape"] and right["size"]
+    event = [0.0] * (events * len(scene))
+    for k, (f, w) in enumerate(pairs):
+        if f.colour == w.colour and f.motion != UNCLEAR:
+            told = zip(f.motion.split(" then "), w.motion.split(" then "), strict=True)
+            event[k * events : (k + 1) * events] = [float(a == b) for a, b in told]
+    return {**{name: [float(value)] for name, value in right.items()}, "event": event}
+
+
+def views(run: Run, videos: Tensor) -> dict[str, Tensor]:
+    """Return the scores of VIEWS of each video (B, 3, F, H, W) uint8, (B,) each, in percent."""
     x = videos.float() / 255
     flicker = (x[:, :, 1:] - x[:, :, :-1]).abs().flatten(1).mean(1)
     bend = (x[:, :, 1:-1] - (x[:, :, 2:] + x[:, :, :-2]) / 2).abs().flatten(1).mean(1)
-    values["flicker"], values["smooth"] = (1 - flicker).tolist(), (1 - bend).tolist()
-    values["subject"] = (subject_consistency(run, videos) / 100).tolist()
-    return {name: 100 * sum(v) / len(v) for name, v in values.items() if v}
+    return {
+        "subject": subject_consistency(run, videos),
+        "flicker": 100 * (1 - flicker),
+        "smooth": 100 * (1 - bend),
+        "moved": torch.tensor([motion_amount(video) for video in videos]),
+    }
+
+
+def end_scores(run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]]) -> dict[str, Tensor]:
+    """Return the scores of DRIFT of each short piece of a clip, (B,) each, in percent."""
+    colours, shapes = [], []
+    for video, scene in zip(videos, scenes, strict=True):
+        found = {story.colour: story for story in read_stories(video, 1)}
+        same = [found[w.colour].shape == w.shape for w in scene if w.colour in found]
+        colours.append(100 * len(same) / len(scene))
+        shapes.append(100 * sum(same) / len(scene))
+    return {"colour": torch.tensor(colours), "shape": torch.tensor(shapes), **views(run, videos)}
+
+
+def drift(run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]]) -> dict[str, float]:
+    """Return FramePack's drift: the score of the first 15 % less that of the last 15 %.
+
+    Of every score of DRIFT, absolute for each clip, then the mean over clips (B, 3, F, H, W) uint8.
+    """
+    frames = max(3, round(ENDS * videos.shape[2]))
+    start = end_scores(run, videos[:, :, :frames], scenes)
+    end = end_scores(run, videos[:, :, -frames:], scenes)
+    return {name: float((start[name] - end[name]).abs().mean()) for name in DRIFT}
+
+
+def score_long(
+    run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]], events: int
+) -> dict[str, float]:
+    """Return every score of LONG_SCORES, and drifts as "drift of NAME"."""
+    values: dict[str, list[float]] = {name: [] for name in LONG_SCORES}
+    for video, scene in zip(videos, scenes, strict=True):
+        for name, found in long_agreement(video, scene, events).items():
+            values[name] += found
+    scores = {name: 100 * sum(v) / len(v) for name, v in values.items() if v}
+    scores |= {name: float(x.mean()) for name, x in views(run, videos).items()}
+    return scores | {f"drift of {name}": x for name, x in drift(run, videos, scenes).items()}
 
 
 def psnr(videos: Tensor, real: Tensor) -> float:
@@ -131,9 +217,23 @@ def choose(world: World, prompts: int) -> list[int]:
 class Evaluation:
     """The prompts of one split with their real clips, and ways to make videos for them."""
 
-    def __init__(self, run: Run, split: str, prompts: int, seed: int):
+    def __init__(
+        self,
+        run: Run,
+        split: str,
+        prompts: int,
+        seed: int,
+        long: bool = False,
+        seconds: float | None = None,
+    ):
+        """long: score with LONG_SCORES. seconds: other than trained, with events as long as then"""
+        data, self.run, self.long, self.frames = run.config.data, run, long, None
+        if seconds is not None:
+            self.frames = clip_frames(run.config, seconds)
+            events = max(1, round(data.events * self.frames / data.frames))
+            data = replace(data, frames=self.frames, events=events)
         try:
-            self.run, self.world = run, World(run.config.data, split)
+            self.world = World(data, split)
         except ValueError as error:  # it learned from real videos, of another aspect
             raise UserError(f"{run.path}: {error}") from None
         self.indices = choose(self.world, prompts)
@@ -147,6 +247,8 @@ class Evaluation:
         starts = tqdm(range(0, len(self.indices), CHUNK), label, unit="chunk", leave=False)
         with computing(self.run.device, self.run.config.dtype):
             videos = torch.cat([make(slice(start, start + CHUNK)).cpu() for start in starts])
+        if self.long:
+            return score_long(self.run, videos, self.scenes, self.world.config.events)
         return score(self.run, videos, self.scenes)
 
     def reconstructions(self, rows: slice) -> Tensor:
@@ -155,10 +257,10 @@ class Evaluation:
         return to_uint8(self.run.vae.decode(self.run.vae.encode(video)))
 
     def from_text(self, rows: slice, **options) -> Tensor:
-        return generate(self.run, self.captions[rows], self.seeds[rows], **options)
+        return generate(self.run, self.captions[rows], self.seeds[rows], self.frames, **options)
 
     def from_base(self, rows: slice, **options) -> Tensor:
-        return paint(self.run, self.captions[rows], self.seeds[rows], None, **options)
+        return paint(self.run, self.captions[rows], self.seeds[rows], None, self.frames, **options)
 
     def from_plans(self, rows: slice, plans: str, text: bool, **options) -> Tensor:
         """Paint from plans that stage 1 did not make.
@@ -174,34 +276,53 @@ class Evaluation:
         if plans == "dropped":
             options = {**options, "context_guidance": None}
         captions = self.captions[rows] if text else [""] * len(low_rate)
-        return paint(self.run, captions, self.seeds[rows], z_sem, **options)
+        return paint(self.run, captions, self.seeds[rows], z_sem, self.frames, **options)
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """Return the scores as an aligned table, one line for each way of making videos."""
+def table(rows: dict[str, dict[str, float]], names: Sequence[str] = (*SCORES,)) -> str:
+    """Return these scores as an aligned table, one line for each way of making videos."""
     width = max(len(name) for name in rows)
-    lines = [" " * width + "".join(f"{name:>9}" for name in SCORES)]
+    lines = [" " * width + "".join(f"{name.split()[-1]:>9}" for name in names)]
     for name, scores in rows.items():
-        lines.append(
-            f"{name:<{width}}" + "".join(f"{scores.get(s, float('nan')):9.1f}" for s in SCORES)
-        )
+        lines.append(f"{name:<{width}}" + "".join(f"{scores.get(s, math.nan):9.1f}" for s in names))
     return "\n".join(lines)
 
 
 def main():
-    explained = "\n".join(f"  {name:<9}{how}" for name, how in SCORES.items())
+    explained, explained_long = (
+        "\n".join(f"  {name:<9}{how}" for name, how in kind.items())
+        for kind in (SCORES, LONG_SCORES)
+    )
+    explained_long += "\nDrift is by how much a score differs between the first 15 % of a clip and"
+    explained_long += "\nthe last (FramePack). A video that stands still has none: see moved."
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}{explained}", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=f"{__doc__}{explained}\nWith --long:\n{explained_long}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--run", type=Path, default=ASSETS, help="run folder; the shipped weights")
-    parser.add_argument("--prompts", type=int, default=512, help="half with one object, half two")
+    parser.add_argument(
+        "--prompts", type=int, help="half with one object, half two; 512 if not given, --long: 128"
+    )
+    parser.add_argument("--long", action="store_true", help="scores of clips with several events")
+    parser.add_argument("--seconds", type=float, help="with --long: another length than trained")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     parser.add_argument("--steps", type=int, help="Euler steps of each stage")
-    parser.add_argument("--plans", action="store_true", help="oracle, shuffled, zeroed plans too")
+    parser.add_argument(
+        "--plans",
+        nargs="*",
+        choices=PLANS,
+        help="plans that stage 1 did not make",
+    )
     parser.add_argument("--base", action="store_true", help="the base model instead")
     parser.add_argument("--sweep", action="store_true", help="guidance 1, 1.5, 2, 3, 4 as well")
     parser.add_argument("--json", type=Path, help="write the scores there as well")
     args = parser.parse_args()
+    if args.prompts is None:
+        args.prompts = 128 if args.long else 512
+    if args.plans == []:
+        args.plans = list(PLANS)
+    if args.seconds is not None and not args.long:
+        raise UserError("--seconds: of --long only")
     if not 2 <= args.prompts <= 100_000:
         raise UserError(f"--prompts {args.prompts}: at least 2, one object and two; at most 100000")
     if args.base and args.plans:
@@ -213,12 +334,13 @@ def main():
     run = Run.open(args.run)
     _ = run.vae, run.encoder, run.base if args.base else (run.painter, run.planner)  # or say so now
     options = {"steps": args.steps} if args.steps else {}
-    test = Evaluation(run, "test", args.prompts, args.seed)
+    kind = {"long": args.long, "seconds": args.seconds}
+    test = Evaluation(run, "test", args.prompts, args.seed, **kind)
     train = set(World(run.config.data, "train").captions(range(run.config.stages.latent.clips)))
     new = sum(caption not in train for caption in test.captions)
     print(f"{len(test.captions)} prompts, {new} of them not among the training captions")
 
-    held_out = Evaluation(run, "held_out", args.prompts, args.seed)
+    held_out = Evaluation(run, "held_out", args.prompts, args.seed, **kind)
     make, name = Evaluation.from_text, "text -> plan -> video"
     if args.base:
         make, name = Evaluation.from_base, "base: text -> video"
@@ -227,7 +349,7 @@ def main():
         "VAE reconstructions": test.reconstructions,
         name: lambda rows: make(test, rows, **options),
     }
-    for plans in PLANS if args.plans else ():
+    for plans in args.plans or ():
         for text, words in ((True, "with text"), (False, "no text")):
             ways[f"{plans} plan, {words}"] = lambda rows, plans=plans, text=text: test.from_plans(
                 rows, plans, text, **options
@@ -240,11 +362,13 @@ def main():
         lambda rows: make(held_out, rows, **options), "never-shown combinations"
     )
     vae_psnr = psnr(test.reconstructions(slice(0, CHUNK)).cpu(), test.real[:CHUNK])
-    print(table(rows))
+    print(table(rows, (*LONG_SCORES,) if args.long else (*SCORES,)))
+    if args.long:
+        print("\ndrift of\n" + table(rows, [f"drift of {name}" for name in DRIFT]))
     print(f"\nPSNR of the first {len(test.real[:CHUNK])} VAE reconstructions: {vae_psnr:.1f} dB")
-    print("\n" + explained)
+    print("\n" + (explained_long if args.long else explained))
     if args.json:
-        content = {"run": str(args.run), "prompts": args.prompts, "seed": args.seed}
+        content = {"run": str(args.run), "prompts": args.prompts, "seed": args.seed, **kind}
         content |= {"vae_psnr": vae_psnr, "scores": rows}
         write_file(args.json, json.dumps(content, indent=1).encode())
 

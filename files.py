@@ -11,9 +11,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import safetensors
 
@@ -59,14 +60,18 @@ def refuse(message: str):
     sys.exit(2)
 
 
-def write_file(path: Path, data: bytes):
-    """Write a file whole or not at all: to a temporary name in the same folder, then renamed."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write to: whole it becomes `path`, after an error nothing is left of it.
+
+    Until then it has a temporary name in the same folder.
+    """
     missing = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -78,6 +83,12 @@ def write_file(path: Path, data: bytes):
         if isinstance(error, OSError) and error.errno:  # say which file, not its temporary name
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def write_file(path: Path, data: bytes):
+    """Write a file whole or not at all."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def check_target(path: Path, folder: bool = False):

@@ -262,7 +262,8 @@ class DiT(nn.Module):
         z: (B, C, T, h, w) noisy latents; t: (B,) in [0, 1], 1 = noise; text: (B, L, text_dim),
         zeros = the null text; context: (B, K, S, hs, ws) semantics, exactly when the config has a
         context; keep_context: (B,) bool, False = this sample's plan is dropped; start: seconds of
-        the video before z. Returns (B, C, T, h, w). Raises ValueError for sizes or conditions that do not fit the config.
+        the video before z. Returns (B, C, T, h, w). Raises ValueError for sizes or conditions that
+        do not fit the config.
         """
         config, (_, _, frames, height, width) = self.config, z.shape
         p = config.patch

@@ -33,6 +33,7 @@ MOVED = 2.5  # way of the centre over the clip; the world's least is 4.9
 GREW = math.log(1.25)  # of the radius; the world's least is log 1.6
 STEADY = 1.5  # distance from constant motion, RMS; the world's are below 0.1
 ALIKE = 0.65  # overlap with the best template; the world's are above 0.97, with much noise 0.8
+LARGE = 0.85  # of an object's largest radius: smaller ones have too few pixels to tell a shape
 SHAPE_FRAMES = 5  # frames compared with templates, the largest of the object
 
 # The plane of chroma, orthogonal to grey: (2, 3).
@@ -172,15 +173,18 @@ def read_shape(mass: np.ndarray, centres: np.ndarray, areas: np.ndarray) -> str:
     return overlaps[max(overlaps)] if max(overlaps) > ALIKE else UNCLEAR
 
 
+def stretches(frames: int, events: int) -> list[slice]:
+    """Return the frames of each of the equally long events of a clip; some edges are shared."""
+    edges = [k * (frames - 1) / events for k in range(events + 1)]  # some lie between two frames
+    return [slice(ceil(a), floor(b) + 1) for a, b in pairwise(edges)]
+
+
 def read_motions(centres: np.ndarray, areas: np.ndarray, events: int) -> str:
-    """Return the motions of an object in equally long stretches of a clip, as a caption tells them.
+    """Return the motions of an object in the stretches of a clip, as a caption tells them.
 
     centres: (F, 2), areas: (F,), in units.
     """
-    last = len(areas) - 1
-    edges = [k * last / events for k in range(events + 1)]  # in frames; some lie between two
-    stretches = [slice(ceil(a), floor(b) + 1) for a, b in pairwise(edges)]
-    found = [read_motion(centres[s], areas[s]) for s in stretches]
+    found = [read_motion(centres[s], areas[s]) for s in stretches(len(areas), events)]
     return UNCLEAR if set(found) == {UNCLEAR} else tell(found)
 
 
@@ -189,13 +193,45 @@ def read(video: Tensor, events: int = 1) -> tuple[Thing, ...]:
 
     events: motions of a thing, one after another (world.py).
     """
+    return tuple(
+        Thing(story.colour, story.shape, story.motion)
+        for story in read_stories(video, events)
+        if story.shape != UNCLEAR or story.motion != UNCLEAR
+    )
+
+
+class Story(NamedTuple):
+    """One object over the events of a clip."""
+
+    colour: str
+    shape: str  # over the whole clip
+    motion: str  # of all events, as a caption tells it
+    present: list[bool]  # in each event: is it there throughout
+    shapes: list[str]  # in each event in which it is large at some time
+    radii: Tensor  # (F,): of a disc of its area, in units; 0 where it is not seen
+
+
+def read_stories(video: Tensor, events: int) -> list[Story]:
+    """Return the objects of a video (3, F, H, W) uint8 with what they are in each event."""
     F, H, W = video.shape[1:]
-    unit = min(H, W) / 32
-    things = []
+    unit, found = min(H, W) / 32, []
     for track in tracks(video):
+        mass = track.coverage.numpy()
         centres, areas = track.centres.numpy() * [W, H], track.areas.numpy() * (H * W)  # pixels
-        shape = read_shape(track.coverage.numpy(), centres, areas)
-        motion = read_motions(centres / unit, areas / unit**2, events)
-        if shape != UNCLEAR or motion != UNCLEAR:
-            things.append(Thing(track.colour, shape, motion))
-    return tuple(things)
+        parts = stretches(F, events)
+        seen = areas > LEAST_AREA / 2 * unit**2
+        found.append(
+            Story(
+                track.colour,
+                read_shape(mass, centres, areas),
+                read_motions(centres / unit, areas / unit**2, events),
+                [bool(seen[s].sum() >= LEAST_PRESENCE * len(seen[s])) for s in parts],
+                [
+                    read_shape(mass[s], centres[s], areas[s])
+                    for s in parts
+                    if areas[s].max(initial=0) > LARGE**2 * areas.max()
+                ],
+                torch.from_numpy(np.sqrt(areas / math.pi) / unit).float(),
+            )
+        )
+    return found

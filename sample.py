@@ -11,7 +11,7 @@ Every sample has its own noise, fixed by seed and prompt: it does not depend on 
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from io import BytesIO
@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from config import check_number, clip_frames
-from data import contact_sheet, reference_clip
-from files import UserError, check_target, command, require, write_file
+from data import contact_sheet, reference_clip, shown_frames
+from files import UserError, check_target, command, replacing, require, write_file
 from flow import euler, guidance_weights
 from run import ASSETS, Run, add_part_flags, parts_from_flags
 from text import piece_seed
@@ -97,7 +97,7 @@ def sample_plans(
 
 
 @torch.no_grad()
-def paint(
+def paint_latents(
     run: Run,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -105,7 +105,7 @@ def paint(
     frames: int | None = None,
     **options,
 ) -> Tensor:
-    """Stage 2: text and z_sem (B, K, S, hs, ws) -> video (B, 3, F, H, W) uint8.
+    """Stage 2: text and z_sem (B, K, S, hs, ws) -> VAE latents (B, C, T, h, w).
 
     plans None: the base model, which knows no plans. options: steps, latent_guidance,
     context_guidance (base: base_guidance); by default the run's.
@@ -125,7 +125,18 @@ def paint(
         dit = run.painter["dit"]
         velocity = guided(dit, text, option["latent_guidance"], plans, option["context_guidance"])
         shift = config.stages.latent.shift
-    return to_uint8(run.vae.decode(euler(velocity, noise, option["steps"], shift)))
+    return euler(velocity, noise, option["steps"], shift)
+
+
+def paint(run: Run, *args, **options) -> Tensor:
+    """Stage 2 and the VAE: the arguments of `paint_latents` -> video (B, 3, F, H, W) uint8."""
+    return to_uint8(run.vae.decode(paint_latents(run, *args, **options)))
+
+
+def decode_pieces(run: Run, latents: Tensor) -> Iterator[Tensor]:
+    """Yield the video of one sample's latents (1, C, T, h, w) in pieces (3, f, H, W) uint8."""
+    for piece in run.vae.decode_pieces(latents):
+        yield to_uint8(piece)[0].cpu()
 
 
 @torch.no_grad()
@@ -157,37 +168,49 @@ def enlarge(video: Tensor, least: int = 256) -> Tensor:
     return video.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
-def write_video(path: Path, video: Tensor, fps: float):
+def write_video(path: Path, pieces: Iterable[Tensor], fps: float):
     """Write an animation; the suffix says which: .gif, .webp (lossless) or .mp4 (needs PyAV).
 
-    video: (3, F, H, W) uint8. Small videos are enlarged.
+    pieces: (3, f, H, W) uint8, one after the other; small ones are enlarged. An .mp4 is written as
+    they come, so that its length takes no memory; Pillow wants all pictures of the others at once.
     """
-    frames = rearrange(enlarge(video).cpu().numpy(), "c f h w -> f h w c")
-    buffer = BytesIO()
+    pictures = (
+        np.ascontiguousarray(picture)
+        for piece in pieces
+        for picture in rearrange(enlarge(piece).cpu().numpy(), "c f h w -> f h w c")
+    )
     if path.suffix == ".mp4":
-        av = require("av", "video")
-        with av.open(buffer, "w", format="mp4") as file:
-            stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            height, width = frames.shape[1:3]
-            stream.width, stream.height = width - width % 2, height - height % 2  # yuv420p
-            stream.pix_fmt, stream.options = "yuv420p", {"crf": "12"}
-            for image in frames[:, : stream.height, : stream.width]:
-                image = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-                file.mux(stream.encode(image))
-            file.mux(stream.encode())
-    else:
-        images = [Image.fromarray(image) for image in frames]
-        options = {"lossless": True} if path.suffix == ".webp" else {}
-        images[0].save(
-            buffer,
-            path.suffix[1:],
-            save_all=True,
-            append_images=images[1:],
-            duration=1000 / fps if path.suffix == ".webp" else round(100 / fps) * 10,
-            loop=0,
-            **options,
-        )
+        write_mp4(path, pictures, fps)
+        return
+    images = [Image.fromarray(picture) for picture in pictures]
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    buffer = BytesIO()
+    images[0].save(
+        buffer,
+        path.suffix[1:],
+        save_all=True,
+        append_images=images[1:],
+        duration=1000 / fps if path.suffix == ".webp" else round(100 / fps) * 10,
+        loop=0,
+        **options,
+    )
     write_file(path, buffer.getvalue())
+
+
+def write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float):
+    """Encode pictures (H, W, 3) uint8 as they come."""
+    av = require("av", "video")
+    stream = None
+    with replacing(path) as output, av.open(output, "w", format="mp4") as file:
+        for picture in pictures:
+            height, width = (side - side % 2 for side in picture.shape[:2])  # yuv420p
+            if stream is None:
+                stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+                stream.width, stream.height = width, height
+                stream.pix_fmt, stream.options = "yuv420p", {"crf": "12"}
+            picture = np.ascontiguousarray(picture[:height, :width])
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
 
 
 def written(out: Path, videos: int) -> list[Path]:
@@ -196,20 +219,20 @@ def written(out: Path, videos: int) -> list[Path]:
     return [*(names if out.suffix != ".png" else ()), out.with_suffix(".png")]
 
 
-def write_samples(out: Path, videos: Tensor, labels: Sequence[str], fps: float, given: int = 0):
-    """Write one animation for each video and a contact sheet of all beside them; print their names.
+class Picked:
+    """Passes a video's pieces on, and keeps the few frames of it that a contact sheet shows."""
 
-    videos: (B, 3, F, H, W) uint8; the first `given` are references, on the sheet alone. With .png
-    there is only the sheet.
-    """
-    drawn = BytesIO()
-    contact_sheet(videos.cpu(), list(labels)).save(drawn, "png")
-    *names, sheet = written(out, len(videos) - given)
-    for name, video in zip(names, videos[given:], strict=False):
-        write_video(name, video, fps)
-        print(name)
-    write_file(sheet, drawn.getvalue())
-    print(sheet)
+    def __init__(self, pieces: Iterable[Tensor], frames: int):
+        self.pieces, self.numbers = pieces, shown_frames(frames)
+        self.kept: list[Tensor] = []  # each (3, H, W) uint8
+
+    def __iter__(self) -> Iterator[Tensor]:
+        start = 0
+        for piece in self.pieces:  # (3, f, H, W)
+            inside = [n - start for n in self.numbers if start <= n < start + piece.shape[1]]
+            self.kept += piece[:, inside].unbind(1)
+            start += piece.shape[1]
+            yield piece
 
 
 def main():
@@ -252,6 +275,8 @@ def main():
     if any(not prompt.strip() for prompt in args.prompts):
         raise UserError("a prompt is empty: leave it out for the default prompt")
 
+    if args.out.suffix == ".mp4":
+        require("av", "video")
     run = Run.open(args.run)
     run.point_to(parts_from_flags(args))
     data = run.config.data
@@ -271,25 +296,31 @@ def main():
         clip = reference_clip(args.reference, data)
         plans, real = reference_plans(run, clip.semantic_video), clip.video
         prompts = args.prompts or [""]
-        plans = plans.expand(len(prompts), *plans.shape[1:])
     else:
         prompts = args.prompts or list(PROMPTS)
-    videos = []
+    names = written(args.out, len(prompts))
+    shown = [real[0][:, shown_frames(real.shape[2])]] if args.reference else []
     for i, prompt in enumerate(prompts):  # one by one: bit for bit the same in any company
-        seeds = [prompt_seed(args.seed, prompt)]
+        seeds, plan = [prompt_seed(args.seed, prompt)], None
         if args.reference:
-            video = paint(run, [prompt], seeds, plans[i : i + 1], **options)
-        elif args.base:
-            video = paint(run, [prompt], seeds, None, frames, **options)
+            plan = plans
+        elif not args.base:
+            plan = sample_plans(run, [prompt], seeds, frames, **options)
+        latents = paint_latents(run, [prompt], seeds, plan, frames, **options)
+        pieces = Picked(decode_pieces(run, latents), frames)
+        if args.out.suffix == ".png":
+            for _ in pieces:
+                pass
         else:
-            video = generate(run, [prompt], seeds, frames, **options)
-        videos.append(video.cpu())
+            write_video(names[i], pieces, data.fps)
+            print(names[i])
+        shown.append(torch.stack(pieces.kept, 1))
     labels = list(prompts)
     if args.reference:
-        videos.insert(0, real)
         labels = [f"reference: {args.reference.name}"]
         labels += [f"painted from its plan{', ' + p if p else ''}" for p in prompts]
-    write_samples(args.out, torch.cat(videos), labels, data.fps, given=bool(args.reference))
+    contact_sheet(torch.stack(shown), labels, names[-1])
+    print(names[-1])
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from run import (
     matmul_speed,
     parts_from_flags,
 )
+from swin import fitting_window
 from text import piece_seed
 from world import World, to_float, to_uint8
 
@@ -479,8 +480,17 @@ def configured(args: argparse.Namespace, out: Path, cache: Cache | None) -> Conf
         stages = STAGES[:4] if args.stage == "all" else (args.stage,)
         settings += [f"stages.{stage}.steps={args.steps}" for stage in stages]
     config = override(preset(args.preset), settings, **parts | parts_from_flags(args))
+    if args.attention:
+        window = None if args.attention == "full" else attention_window(config)
+        config = replace(config, latent=replace(config.latent, window=window))
     check_weights_named(config)
     return config
+
+
+def attention_window(config: Config) -> float:
+    """Return the painter's T_w in seconds; a quarter of the clip where there is none yet."""
+    rates = config.latent.rate, config.latent.context_rate
+    return config.latent.window or float(fitting_window(rates, config.data.seconds / 4))
 
 
 def main():
@@ -498,6 +508,11 @@ def main():
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
+    parser.add_argument(
+        "--attention",
+        choices=["full", "swin"],
+        help="of painter and base, over time; the preset's if not given (Base-CT-Swin: swin)",
+    )
     parser.add_argument("--fresh", action="store_true", help="train the stages named anew")
     parser.add_argument("--shard", action="store_true", help="FSDP2: weights in shares")
     parser.add_argument("--tensorboard", action="store_true", help="metrics for TensorBoard too")

@@ -356,7 +356,7 @@ class Shown(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(self, z, t, text, context=None, keep_context=None):
+    def forward(self, z, t, text, context=None, keep_context=None, start=0.0):
         self.z, self.t, self.text = z.detach(), t, text
         self.context, self.keep_context = context, keep_context
         return self.scale * z

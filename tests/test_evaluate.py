@@ -11,17 +11,24 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_run import call, one_line, random_run
 from torch import Tensor
 
 import evaluate
 from evaluate import (
+    DRIFT,
+    LONG_SCORES,
     SCORES,
     Evaluation,
     agreement,
     choose,
+    drift,
+    long_agreement,
     motion_amount,
     score,
+    size_kept,
     subject_consistency,
     table,
 )
@@ -463,3 +470,134 @@ def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
     one_line(capsys, "base.safetensors", "--stage base")  # before anything is sampled
     assert call(evaluate.main, "--run", run.path, "--plans", "--base") == 2
     one_line(capsys, "--base --plans", "no plans")
+
+
+# --- long clips ---------------------------------------------------------------------------------
+
+STORY = "moves left then right then grows then shrinks"
+EVENTS = 4
+LONG_DATA = DataConfig(frames=64, events=EVENTS)
+
+
+class Told(World):
+    """The world's clips with other things in them: what else is random stays as it was."""
+
+    def __init__(self, *things: Thing):
+        super().__init__(LONG_DATA, "test")
+        self.told = things
+
+    def _scene(self, rng) -> tuple[Thing, ...]:
+        return self.told
+
+
+def clip_of(*things: Thing, index: int = 0) -> Tensor:
+    return Told(*things).batch([index]).video[0]
+
+
+def long_scores(video: Tensor, *scene: Thing) -> dict[str, float]:
+    return {name: sum(v) / len(v) for name, v in long_agreement(video, scene, EVENTS).items()}
+
+
+HERO = Thing("red", "circle", STORY)
+FRIEND = Thing("blue", "square", "grows then up then stays still then down")
+RIGHT = dict.fromkeys(("exact", "number", "colour", "shape", "size", "story", "event"), 1.0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(index=st.integers(0, 10_000))
+def test_real_stories_have_full_marks(index):
+    world = World(LONG_DATA, "test")
+    found = long_agreement(world.batch([index]).video[0], world.scene(index), EVENTS)
+    assert {name: sum(v) / len(v) for name, v in found.items()} == RIGHT
+    assert len(found["event"]) == EVENTS * len(world.scene(index))
+
+
+def test_an_object_that_becomes_another_one_halfway():
+    half = [*clip_of(HERO).chunk(2, 1)]
+    other_shape = torch.cat([half[0], clip_of(HERO._replace(shape="cross")).chunk(2, 1)[1]], 1)
+    assert long_scores(other_shape, HERO) == {**RIGHT, "shape": 0, "exact": 0}
+    other_colour = torch.cat([half[0], clip_of(HERO._replace(colour="cyan")).chunk(2, 1)[1]], 1)
+    assert not any(long_scores(other_colour, HERO).values())
+    gone = torch.cat([half[0], clip_of(HERO)[:, :1].expand(-1, 32, -1, -1)], 1)  # it stands still
+    assert long_scores(gone, HERO) | {"size": 0} == {
+        **RIGHT,
+        **dict.fromkeys(("exact", "story", "size"), 0),
+        "event": 0.5,
+    }
+
+
+def test_an_object_that_is_not_there_all_the_time():
+    both, one = clip_of(HERO, FRIEND), clip_of(HERO)
+    video = torch.cat([both[:, :-16], one[:, -16:]], 1)  # the friend leaves for the last event
+    found = long_scores(video, HERO, FRIEND)
+    assert found["number"] == found["colour"] == found["exact"] == 0
+
+
+def test_events_in_another_order():
+    told = HERO._replace(motion="moves right then left then grows then shrinks")
+    found = long_scores(clip_of(HERO), told)
+    assert found == {**RIGHT, "exact": 0, "story": 0, "event": 0.5}
+
+
+@pytest.mark.parametrize("factor, kept", [(1.0, True), (3.0, True), (0.5, True)])
+def test_sizes_are_compared_up_to_one_factor(factor, kept):
+    radii = torch.tensor([5.0] * 33 + [5 + 3.5 * k / 16 for k in range(1, 17)])
+    radii = torch.cat([radii, radii[33:].flip(0)])[:65] * factor
+    assert size_kept(radii, STORY) == kept
+    assert not size_kept(radii, "moves left then right then stays still then up")
+    assert not size_kept(torch.full((65,), 5.0), STORY)
+
+
+def test_drift_is_between_the_ends(run):
+    still = clip_of(HERO)[:, :1].expand(-1, 40, -1, -1)
+    other = clip_of(HERO._replace(shape="square"))[:, :1].expand(-1, 24, -1, -1)
+    videos = torch.stack([torch.cat([still, still[:, :24]], 1), torch.cat([still, other], 1)])
+    found = drift(run, videos, [(HERO,), (HERO,)])
+    assert found["shape"] == 50  # none in the first clip, all in the second
+    assert found["colour"] == found["flicker"] == found["smooth"] == found["moved"] == 0
+    assert abs(found["subject"]) < 1e-3
+    dark = torch.cat([still, other * 0], 1)[None]  # nothing there at the end
+    assert drift(run, dark, [(HERO,)])["colour"] == 100
+
+
+def test_drift_of_flicker_in_closed_form(run):
+    video = torch.zeros(1, 3, 60, 32, 32, dtype=torch.uint8)
+    video[:, :, 51::2] = 51  # a fifth of the range, in every second frame of the last 15 %
+    found = drift(run, video, [(HERO,)])
+    assert found["flicker"] == pytest.approx(20) and found["smooth"] == pytest.approx(20)
+
+
+def test_only_the_ends_count(run):
+    video = clip_of(HERO)[None].clone()
+    before = drift(run, video, [(HERO,)])
+    video[:, :, 10:-10] = 0  # 15 % of 64 frames are 10
+    assert drift(run, video, [(HERO,)]) == before
+
+
+@pytest.mark.slow
+def test_long_scores_on_the_command_line(tmp_path, capsys):
+    settings = ["data.frames=16", "data.events=2", "vae.span=2", "encoder.span=1", "text.words=20"]
+    run = random_run(tmp_path / "run", *settings)
+    file = tmp_path / "x.json"
+    arguments = ["--run", run.path, "--long", "--prompts", 2, "--plans", "oracle", "--steps", 1]
+    assert call(evaluate.main, *arguments, "--seconds", 4, "--json", file) == 0
+    content = json.loads(file.read_text())
+    rows = content["scores"]
+    assert [*rows] == ["real clips", "VAE reconstructions", MODELS[0], *ORACLE, MODELS[1]]
+    names = [*LONG_SCORES, *(f"drift of {name}" for name in DRIFT)]
+    assert all([*scores] == names for scores in rows.values()) and content["seconds"] == 4
+    told = capsys.readouterr().out
+    assert "drift of" in told and "first 15 %" in told
+    assert call(evaluate.main, "--run", run.path, "--seconds", 4) == 2
+    one_line(capsys, "--seconds: of --long only")
+
+
+ORACLE = ["oracle plan, with text", "oracle plan, no text"]
+
+
+def test_other_lengths_tell_as_many_events_more(tmp_path):
+    run = random_run(tmp_path, "data.frames=16", "data.events=2", "text.words=20")
+    longer = Evaluation(run, "test", 2, seed=0, long=True, seconds=8.0)
+    assert longer.frames == 64 and longer.world.config.events == 8
+    assert longer.real.shape[2] == 64 and longer.captions[0].count(" then ") >= 7
+    assert longer.reconstructions(slice(0, 1)).shape[2] == 64

@@ -623,3 +623,29 @@ def test_heads_that_cannot_be_are_refused(width, heads):
 def test_a_window_that_does_not_fit_the_rates_is_refused():
     with pytest.raises(ValueError, match=r"2\.0 s does"):
         awake(replace(PAINTER, window=1.5))(**inputs(PAINTER))
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_only_absolute_features_know_when_a_stretch_starts(features):
+    """Without them a painter does the same with the same latents and plan at any time."""
+    torch.manual_seed(0)
+    config = DiTConfig(8, 2.0, 6, 4, 1.0, width=32, heads=2, window=2.0, time_features=features)
+    dit = DiT(config)
+    for p in dit.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    z, plan = torch.randn(2, 8, 8, 2, 2), torch.randn(2, 4, 4, 2, 2)
+    given = z, torch.rand(2), torch.randn(2, 3, 6), plan
+    early, late = dit(*given), dit(*given, start=torch.tensor(6.0))
+    assert torch.allclose(early, late, atol=1e-4) != features
+
+
+def test_a_start_is_the_place_in_the_whole():
+    """A stretch of whole windows, told its start, is what it is inside the whole clip."""
+    torch.manual_seed(0)
+    dit = DiT(DiTConfig(8, 2.0, 6, width=32, heads=2, depth=1, window=2.0))
+    for p in dit.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    z, t, text = torch.randn(1, 8, 12, 2, 2), torch.rand(1), torch.randn(1, 3, 6)
+    whole = dit(z, t, text)
+    part = dit(z[:, :, 4:8], t, text, start=2.0)
+    torch.testing.assert_close(part, whole[:, :, 4:8], atol=1e-4, rtol=1e-4)

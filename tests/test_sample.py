@@ -376,6 +376,51 @@ def test_mp4_is_within_a_few_grey_levels(tmp_path, fps, size):
     assert difference.max() < 16 and difference.mean() < 3, (difference.max(), difference.mean())
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".webp", ".gif"])
+def test_pieces_make_the_file_of_the_whole(tmp_path, suffix):
+    video = random_video(11)
+    write_video(tmp_path / f"whole{suffix}", [video], 8.0)
+    write_video(tmp_path / f"pieces{suffix}", iter(video.split([4, 1, 6], 1)), 8.0)
+    whole, pieces = ((tmp_path / f"{name}{suffix}").read_bytes() for name in ("whole", "pieces"))
+    assert whole == pieces
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp"])
+def test_a_decoder_that_fails_leaves_no_file(tmp_path, suffix):
+    def pieces():
+        yield random_video()
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        write_video(tmp_path / f"x{suffix}", pieces(), 8.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_mp4_is_written_as_it_is_decoded(tmp_path):
+    """One piece is asked for when the one before has been encoded, not sooner."""
+    pytest.importorskip("av")
+    sizes = []
+
+    def pieces():
+        for _ in range(40):
+            (temporary,) = tmp_path.iterdir()
+            sizes.append(temporary.stat().st_size)
+            yield random_video(16, 128, 128)
+
+    write_video(tmp_path / "x.mp4", pieces(), 8.0)
+    assert sizes[0] == 0 and sizes[20] > 0 and sizes[39] > sizes[20]
+
+
+def test_the_sheet_shows_the_frames_of_the_whole(run, tmp_path, monkeypatch):
+    """Although no part of the program ever has all of them."""
+    shown = []
+    monkeypatch.setattr(sample, "contact_sheet", lambda *x: shown.append(x[0]))
+    arguments = [PROMPT, "--run", run.path, "--out", tmp_path / "x.png", "--seconds", 3]
+    assert call(sample.main, *arguments) == 0
+    whole = generate(run, [PROMPT], [prompt_seed(0, PROMPT)], 24)
+    assert torch.equal(shown[0], whole[:, :, [0, 3, 7, 10, 13, 16, 20, 23]])
+
+
 def test_mp4_without_pyav_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"semanticgen\[video\]"):

@@ -735,3 +735,70 @@ def test_vae_and_encoder_may_learn_from_pieces_of_long_clips(tmp_path, monkeypat
     assert {(d.frames, d.events) for d in (seen["latent"], seen["semantic"])} == {(16, 2)}
     with pytest.raises(UserError, match="do not divide"):
         train.shorter(few(run), 3)
+
+
+# --- stretches of long clips --------------------------------------------------------------------
+
+LONG = ["data.frames=32", "data.events=2", "vae.span=2", "encoder.span=1", "text.words=20"]
+
+
+@pytest.mark.parametrize("stage", ["latent", "base", "semantic"])
+def test_a_step_learns_from_a_stretch_where_both_streams_start_together(tmp_path, stage):
+    run = random_run(tmp_path, *LONG, f"stages.{stage}.pieces=2", f"stages.{stage}.clips=4")
+    clips = encoded(run, few(run), 4)
+    losses = DiffusionLoss(run, stage, clips)
+    starts = set()
+    for step in range(30):
+        rng = step_generator(0, stage, step)
+        indices = losses.indices(rng)
+        inputs = losses.draw(step_generator(0, stage, step), slice(None))
+        start = float(inputs["start"])  # seconds, of 4
+        starts.add(start)
+        found = {}
+        if stage != "semantic":
+            found["latents"] = clips.latents(indices)[0], run.config.latent.rate
+        if stage != "base":
+            found["features"] = clips.features(indices), run.config.semantic.rate
+        for name, (whole, rate) in found.items():
+            first = round(start * rate)
+            assert first == start * rate
+            expected = whole[:, :, first : first + round(2 * rate)]
+            assert torch.equal(inputs[name], expected) and expected.shape[2] == 2 * rate
+        noised = inputs["plan_noise" if stage == "semantic" else "latents"]
+        assert inputs["noise"].shape == noised.shape
+    assert starts == {0.0, 1.0, 2.0}
+    assert torch.isfinite(losses(**inputs)[0])
+
+
+def test_a_rows_stretch_does_not_depend_on_how_a_batch_is_cut(tmp_path):
+    run = random_run(tmp_path, *LONG, "stages.latent.pieces=2", "stages.latent.clips=4")
+    losses = DiffusionLoss(run, "latent", encoded(run, few(run), 4))
+    whole = losses.draw(step_generator(0, "latent", 3), slice(None))
+    rows = losses.draw(step_generator(0, "latent", 3), slice(1, 2))
+    assert all(torch.equal(rows[name], whole[name][1:2]) for name in whole if name != "start")
+    assert rows["start"] == whole["start"]
+
+
+def test_stretches_that_do_not_fit_are_one_line(tmp_path):
+    run = random_run(tmp_path, *LONG, "stages.latent.pieces=3")
+    with pytest.raises(UserError, match="4 equal stretches, which do not divide by it"):
+        DiffusionLoss(run, "latent", encoded(run, few(run), 4))
+
+
+@pytest.mark.parametrize(
+    "preset, attention, window",
+    [
+        ("tiny_long", None, 2.0),
+        ("tiny_long", "swin", 2.0),
+        ("tiny_long", "full", None),
+        ("tiny", None, None),
+        ("tiny", "swin", 2.0),  # a quarter of its two seconds would cut through a plan's frame
+    ],
+)
+def test_attention_by_flag(tmp_path, monkeypatch, preset, attention, window):
+    seen = []
+    monkeypatch.setattr(train, "train", lambda run, *_: seen.append(run.config))
+    flags = ["--attention", attention] if attention else []
+    arguments = ["--stage", "base", "--preset", preset, "--out", tmp_path, *flags]
+    assert call(train.main, *arguments) == 0
+    assert seen[0].latent.window == window

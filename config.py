@@ -36,6 +36,7 @@ LIMITS = {  # least and greatest of a number, by a field's last name or all of i
     **dict.fromkeys(("blocks", "caption_blocks", "depth"), (1, 1000)),
     **dict.fromkeys(("fps", "semantic_fps"), (0.01, 1000)),
     "objects": (1, 2),
+    "before": (0, 16),
     "log_variance": (-20, 10),
     **dict.fromkeys(("steps", "clips", "preview_every"), (1, 1e9)),
     **dict.fromkeys(("lr", "muon_lr"), (0, 10)),
@@ -244,7 +245,7 @@ def tiny_long() -> Config:
         preset="tiny_long",
         data=replace(config.data, frames=64, events=4),
         vae=replace(config.vae, span=4),
-        text=replace(config.text, words=32),
+        text=replace(config.text, words=32, before=1),
         encoder=replace(config.encoder, span=2),
         latent=replace(config.latent, window=2.0, time_features=False),
         stages=StageConfigs(

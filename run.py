@@ -63,6 +63,13 @@ NEEDS = {  # the stages whose weights a stage is trained on, in the order of tra
     "semantic": ("vae", "encoder", "latent"),
     "base": ("vae",),
 }
+FREE = tuple(  # fields that may change while a run is trained
+    f".{name}"
+    for name in (
+        *("steps", "weights", "chunk"),
+        *("accumulate", "compile", "checkpoint", "preview_every"),  # how, not what
+    )
+)
 RELEASED = (PretrainedEncoderConfig, WanVAEConfig, UMT5Config)  # not trained here
 FLAGS = {  # part -> (flags that name its weights, how to describe them, what fits)
     "encoder": (
@@ -188,7 +195,7 @@ class Run:
                 for name in {**old, **new}
                 if old.get(name) != new.get(name)
                 and not name.startswith("sample.")  # free to change, as are these:
-                and not name.endswith((".steps", ".weights", ".chunk"))
+                and not name.endswith(FREE)
             ]
             if changed:
                 raise UserError(

@@ -33,6 +33,7 @@ class HashTextConfig:
 
     words: int = 16  # L: words read; what comes after is ignored
     dim: int = 64  # width of a word's vector and of its position's, added
+    before: int = 0  # words before it that a word's token tells of, too
 
 
 def piece_seed(piece: str) -> int:
@@ -62,7 +63,11 @@ def word_vector(word: str, dim: int, longest: int = 64) -> np.ndarray:
 
 
 class HashText:
-    """Fixed random word vectors plus a fixed random vector of the word's place in the sentence."""
+    """Fixed random vectors of a word, of its place in the sentence and of the words before it.
+
+    The last say which noun an adjective belongs to wherever they stand, as the tokens of a trained
+    encoder do; in short sentences the places suffice.
+    """
 
     def __init__(self, config: HashTextConfig):
         self.config = config
@@ -72,8 +77,11 @@ class HashText:
         """Return tokens (B, L, dim), float32. Case is ignored; an empty string is all zeros."""
         tokens = torch.zeros(len(texts), self.config.words, self.dim)
         for row, text in zip(tokens, texts, strict=True):
-            for place, word in enumerate(text.lower().split()[: self.config.words]):
+            words = text.lower().split()[: self.config.words]
+            for place, word in enumerate(words):
                 vector = word_vector(word, self.dim) + piece_vector(f"place {place}", self.dim)
+                for k in range(1, min(self.config.before, place) + 1):
+                    vector = vector + piece_vector(f"{k} before: {words[place - k]}", self.dim)
                 row[place] = torch.from_numpy(vector)
         return tokens
 

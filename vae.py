@@ -307,6 +307,18 @@ class WanVAE(nn.Module):
         raw = (latents * self.std + self.mean).to(self.model.dtype)
         return self.model.decode(raw).sample.float()
 
+    @torch.no_grad()
     def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the whole video: diffusers decodes frame after frame, but gives all at once."""
-        yield self.decode(latents)
+        """Yield the same video, the frames of one latent frame after the other.
+
+        As in diffusers' own loop, which keeps all frames; with tiles the whole video at once.
+        """
+        if self.config.tile or self.model.config.patch_size is not None:
+            yield self.decode(latents)
+            return
+        raw = self.model.post_quant_conv((latents * self.std + self.mean).to(self.model.dtype))
+        # What each convolution has to know of the frames before.
+        memory = [None] * sum(isinstance(m, nn.Conv3d) for m in self.model.decoder.modules())
+        for k, frame in enumerate(raw.split(1, 2)):
+            out = self.model.decoder(frame, feat_cache=memory, feat_idx=[0], first_chunk=k == 0)
+            yield out.float().clamp(-1, 1)

@@ -8,7 +8,8 @@ painter of the tiny preset (latents and plan in one sequence) is run on ever lon
 process for each measurement, so that its peak memory is its own: the growth of resident memory on a
 CPU, what the allocator has handed out on a GPU. Times are medians; compare those of one run alone.
 
-Below the measurements, the arithmetic for the paper's minute: 60 s at 480p and 24 fps.
+Then sampling's last step, from latents to a file that is written as they are decoded: its memory
+does not depend on the length. Last, the arithmetic for the paper's minute: 60 s, 480p, 24 fps.
 """
 
 import argparse
@@ -17,21 +18,27 @@ import math
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
-from config import paper, shapes, tiny
+from config import clip_frames, paper, shapes, tiny, tiny_long
 from files import UserError, command, write_file
 from flow import flow_loss
 from model import DiT
 from run import default_device
+from sample import write_video
 from swin import Stream, fitting_window, windows
+from vae import TinyVAE
+from world import to_uint8
 
 WINDOW = 4.0  # seconds, of the tiny painter
+DECODED = 15, 60, 240  # seconds of video
 MOST = {  # tokens beyond which a measurement takes too long or too much memory on a small machine
     ("full", "forward"): 2**15,
     ("full", "training"): 2**14,
@@ -82,25 +89,49 @@ def measure(kind: str, work: str, tokens: int, repeat: int, device: torch.device
     connection.send((statistics.median(times[1:]), peak_memory(device) - before, count))
 
 
+def decode(seconds: float, connection):
+    """In a process of its own: send (seconds it takes, bytes) of a video's way from its latents."""
+    config = tiny_long()
+    frames = clip_frames(config, seconds)
+    vae = TinyVAE(config.vae).eval()
+
+    def write(frames: int, folder: str):
+        grid = vae.grid(frames, config.data.height, config.data.width)
+        latents = torch.randn(1, vae.channels, *grid)
+        pieces = (to_uint8(piece)[0] for piece in vae.decode_pieces(latents))
+        write_video(Path(folder) / "x.mp4", pieces, config.data.fps)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write(2 * 4 * config.vae.span, folder)  # warms up: libraries, and the encoder's buffers
+        before, start = peak_memory(torch.device("cpu")), time.perf_counter()
+        write(frames, folder)
+        connection.send((time.perf_counter() - start, peak_memory(torch.device("cpu")) - before))
+
+
+def in_a_process(function: Callable, *arguments) -> tuple:
+    """Return what a function sends from a process of its own; UserError if it fails."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=function, args=(*arguments, theirs))
+    process.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:
+        raise UserError(f"{function.__name__}{arguments} failed; give less") from None
+    process.join()
+    return found
+
+
 def measured(tokens: list[int], repeat: int, device: torch.device) -> dict[str, list]:
     """Return {"full forward": [(tokens, seconds, bytes), ...], ...}."""
-    context = multiprocessing.get_context("spawn")
     found = {}
     for (kind, work), most in MOST.items():
         rows = found.setdefault(f"{kind} {work}", [])
         for count in tokens:
             if count > most:
                 continue
-            ours, theirs = context.Pipe()
-            arguments = (kind, work, count, repeat, device, theirs)
-            process = context.Process(target=measure, args=arguments)
-            process.start()
-            theirs.close()
-            try:
-                seconds, memory, exact = ours.recv()
-            except EOFError:
-                raise UserError(f"{kind} {work} of {count} tokens failed; give less") from None
-            process.join()
+            seconds, memory, exact = in_a_process(measure, kind, work, count, repeat, device)
             rows.append((exact, seconds, memory))
             print(
                 f"{kind:>7} {work:<8} {exact:7d} tokens: {seconds:8.3f} s, {memory / 1e6:8.0f} MB"
@@ -140,7 +171,8 @@ def plot(found: dict[str, list], path: Path):
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for panel, column, label in zip(panels, (1, 2), ("seconds", "peak bytes"), strict=True):
-        for name, rows in found.items():
+        for name in ("full forward", "full training", "windows forward", "windows training"):
+            rows = found[name]
             panel.plot([r[0] for r in rows], [r[column] for r in rows], "o-", label=name)
         panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         panel.grid(alpha=0.3)
@@ -190,7 +222,12 @@ def main():
     if min(args.tokens) < 1024 or args.repeat < 1:
         raise UserError("--tokens: at least 1024 each; --repeat: at least 1")
     found = measured(sorted(args.tokens), args.repeat, default_device())
-    print("\n" + table(found) + "\n\n" + minute())
+    print("\n" + table(found))
+    print("\n| decoded and written, .mp4 | seconds | MB |\n|---|---|---|")
+    for length in DECODED:
+        seconds, memory = found.setdefault(f"decode {length} s", in_a_process(decode, length))
+        print(f"| {length} s of video | {seconds:.1f} | {memory / 1e6:.1f} |")
+    print("\n" + minute())
     plot(found, args.out)
     if args.json:
         write_file(args.json, json.dumps(found, indent=1).encode())

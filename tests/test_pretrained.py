@@ -750,6 +750,18 @@ def test_decoding_undoes_the_normalisation(wan, vae):
     assert_close(video, expected, 1e-5)
 
 
+def test_pieces_are_the_video(vae):
+    """A latent frame at a time, so that a long video is never in memory as a whole."""
+    latents = randn(2, 4, 5, 4, 6)
+    pieces = list(vae.decode_pieces(latents))
+    assert [piece.shape[2] for piece in pieces] == [1, 4, 4, 4, 4]
+    assert torch.equal(torch.cat(pieces, 2), vae.decode(latents))
+    assert not pieces[0].requires_grad
+    tiled = WanVAE(replace(vae.config, tile=16))
+    (whole,) = tiled.decode_pieces(latents)
+    assert torch.equal(whole, tiled.decode(latents))
+
+
 @torch.no_grad()
 def test_the_posterior_is_that_of_diffusers_samples(wan, vae):
     """One draw, normalised, is ours with the same noise: mean and deviation are both right."""

@@ -172,15 +172,16 @@ class Progress:
         if team.first:
             self.run.save_state(self.stage, state)
 
-    def load(self):
-        """Go on from the saved state, if there is one; UserError if it does not fit."""
-        state = self.run.load_state(self.stage)
-        if not state:
-            return
+    def load(self, state: dict):
+        """Go on from a saved state; UserError if it does not fit."""
         try:
             began_with = state["seed"]
             self.step, self.bad = int(state["step"]), int(state["bad"])
             self.seconds, self.pending = float(state["seconds"]), list(state["pending"])
+            if not 0 <= self.bad <= self.step or not 0 <= self.seconds < math.inf:
+                raise ValueError(f"step {self.step}, {self.bad} skipped, {self.seconds} s")
+            if not all(isinstance(x, float) for logs in self.pending for x in logs.values()):
+                raise ValueError("its logs are no numbers")
             if state["modules"].keys() != self.ema.keys() or not state["optimizers"]["state"]:
                 raise ValueError("it has other weights")
             set_state(self.losses, self.optimizers, state)
@@ -219,6 +220,7 @@ def train_stage(run: Run, stage: str, dataset, seed: int, team: Team | None = No
             print(f"{stage}: already trained for {run.steps_of(stage)} steps")
         return
     rows = team.rows(config.batch, config.accumulate)
+    state = run.load_state(stage)  # what cannot be read is refused before anything is computed
     clips = None
     if stage not in ("vae", "encoder"):
         clips = encoded(run, dataset, config.clips, team)
@@ -233,7 +235,8 @@ def train_stage(run: Run, stage: str, dataset, seed: int, team: Team | None = No
     prepare(losses, config)
     wrapped = team.wrap(losses, run.device)
     progress = Progress(run, stage, losses, seed)
-    progress.load()
+    if state:
+        progress.load(state)
     parameters = [p for p in losses.parameters() if p.requires_grad]
     if team.first:
         print(

@@ -118,3 +118,15 @@ def test_pieces_are_not_changed_by_who_holds_them():
     kept = first.clone()
     first.zero_()
     assert TEXT.encode(["red"]).equal(kept)
+
+
+def test_a_token_may_tell_of_the_words_before():
+    """Each neighbour adds a vector of its own for its distance; the first word has none."""
+    aware = HashText(HashTextConfig(words=4, dim=64, before=2))
+    plain = HashText(HashTextConfig(words=4, dim=64))
+    told = (aware.encode(["a red circle"]) - plain.encode(["a red circle"]))[0]
+    one, two = (torch.from_numpy(piece_vector(x, 64)) for x in ("1 before: red", "2 before: a"))
+    assert_close(told[2], one + two)
+    assert_close(told[1], torch.from_numpy(piece_vector("1 before: a", 64)))
+    assert not told[0].any() and not told[3].any()
+    assert not aware.encode([""]).any()

@@ -144,6 +144,71 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(trained, tmp_path, sta
     assert [line["step"] for line in metrics(run, stage)] == [2, 4, 6]
 
 
+WRONG_STATES = {  # what somebody, or a broken disk, could have made of a state -> what is said
+    "no step": (lambda s: s.pop("step"), "step"),
+    "no seed": (lambda s: s.pop("seed"), "seed"),
+    "another seed": (lambda s: s.update(seed=7), "--seed 7"),
+    "a step before the first": (lambda s: s.update(step=-1), "step -1"),
+    "a step that is text": (lambda s: s.update(step="three"), "three"),
+    "a step that is nothing": (lambda s: s.update(step=None), "int"),
+    "a step that is no number": (lambda s: s.update(step=math.nan), "NaN"),
+    "more skipped than done": (lambda s: s.update(bad=5), "5 skipped"),
+    "time that is no number": (lambda s: s.update(seconds=math.nan), "nan s"),
+    "endless time": (lambda s: s.update(seconds=math.inf), "inf s"),
+    "logs that are a number": (lambda s: s.update(pending=3), "int"),
+    "logs of no names": (lambda s: s.update(pending=[3.0]), "values"),
+    "logs that are text": (lambda s: s.update(pending=[{"loss": "low"}]), "no numbers"),
+    "no weights": (lambda s: s.pop("modules"), "modules"),
+    "weights of no names": (lambda s: s.update(modules=[]), "keys"),
+    "a weight too few": (lambda s: s["modules"].popitem(), "other weights"),
+    "a weight too many": (lambda s: s["modules"].update(x=torch.zeros(1)), "other weights"),
+    "a weight of another shape": (lambda s: turn(s["modules"]), "size mismatch"),
+    "no averages": (lambda s: s.pop("ema"), "ema"),
+    "an average too few": (lambda s: s["ema"].popitem(), ""),
+    "averages that are text": (lambda s: s.update(ema=dict.fromkeys(s["ema"], "x")), "shape"),
+    "an average of another shape": (lambda s: turn(s["ema"]), "another shape"),
+    "no optimizer": (lambda s: s.pop("optimizers"), "optimizers"),
+    "an optimizer that is a list": (lambda s: s.update(optimizers=[]), "list"),
+    "an optimizer without states": (lambda s: s["optimizers"].update(state={}), "other weights"),
+    "an optimizer without groups": (lambda s: s["optimizers"].pop("param_groups"), ""),
+    "an optimizer of other names": (lambda s: renamed(s["optimizers"]["state"]), ""),
+}
+
+
+def turn(tensors: dict[str, Tensor]):
+    """Give the first tensor of two different sides the shape of its transpose."""
+    name = next(name for name, x in tensors.items() if x.ndim == 2 and x.shape[0] != x.shape[1])
+    tensors[name] = tensors[name].T.contiguous()
+
+
+def renamed(tensors: dict):
+    name, value = tensors.popitem()
+    tensors[f"other.{name}"] = value
+
+
+@pytest.mark.parametrize("change, word", WRONG_STATES.values(), ids=WRONG_STATES)
+def test_a_state_that_does_not_fit_is_one_line_and_stays(trained, tmp_path, change, word):
+    run = copy_of(trained, tmp_path, ("vae",))
+    state = trained.load_state("base")
+    state["step"] = 3
+    change(state)
+    run.save_state("base", state)
+    before = run.state_file("base").read_bytes()
+    with pytest.raises(UserError) as error:
+        train.train(run, ["base"], few(run), seed=0)
+    assert word in str(error.value) and "--fresh" in str(error.value)
+    assert run.state_file("base").read_bytes() == before and not run.has("base")
+
+
+def test_a_state_that_cannot_be_read_is_refused_before_clips_are_encoded(trained, tmp_path):
+    run = copy_of(trained, tmp_path, ("vae",))
+    run.state_file("base").write_bytes(b"damaged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "encoded", lambda *_: pytest.fail("encoded"))
+        with pytest.raises(UserError, match="not a training state"):
+            train.train(run, ["base"], few(run), seed=0)
+
+
 def test_metrics_go_on_between_two_lines(trained, tmp_path):
     run = interrupted(copy_of(trained, tmp_path, ()), "vae", stop=3)
     assert_equal(weights(run, "vae"), weights(trained, "vae"))

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -76,11 +77,14 @@ def equal(one, other) -> bool:
     return one == other
 
 
-def undisturbed(folder: Path, config: Config, stages, start) -> Run:
-    """Train the stages, and what they need, without a kill."""
+def undisturbed(folder: Path, config: Config, stages, start) -> tuple[Run, dict[str, float]]:
+    """Train the stages without a kill; return the run and the seconds that each took."""
+    seconds = {}
     for stage in stages:
+        begun = time.perf_counter()
         assert start(folder, config, stage, None) == 0
-    return Run.open(folder)
+        seconds[stage] = time.perf_counter() - begun
+    return Run.open(folder), seconds
 
 
 def main():
@@ -101,10 +105,14 @@ def main():
         process.join()
         return process.exitcode
 
+    def moment(calm: float) -> float:
+        """Draw when to kill: from the start to somewhat later than a calm run would end."""
+        return rng.uniform(0.1, 1.2 * calm)
+
     config = override(tiny(), ["dtype=float32", *SETTINGS, *args.settings])
     rng, failed = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
-        whole = undisturbed(Path(folder) / "whole", config, STAGES, start)
+        whole, seconds = undisturbed(Path(folder) / "whole", config, STAGES, start)
         for stage in args.stage:
             kills = rounds = same = 0
             expected = content(whole, stage)
@@ -113,7 +121,7 @@ def main():
                 run = Run.create(path, config)
                 for need in NEEDS[stage]:
                     shutil.copy(whole.weights_file(need), path)
-                while (code := start(path, config, stage, rng.uniform(0.1, 1.5))) != 0:
+                while (code := start(path, config, stage, moment(seconds[stage]))) != 0:
                     if code != -signal.SIGKILL:
                         sys.exit(f"{stage}: ended with {code}")
                     kills += 1

@@ -251,9 +251,9 @@ def tiny_long() -> Config:
         stages=StageConfigs(
             vae=replace(stages.vae, pieces=4),
             encoder=replace(stages.encoder, pieces=4),
-            latent=StageConfig(steps=2000, batch=16, clips=4096, pieces=2),
+            latent=StageConfig(steps=1800, batch=16, clips=4096, pieces=2),
             semantic=StageConfig(steps=2000, batch=32),
-            base=StageConfig(steps=4000, batch=16, clips=4096, pieces=2),
+            base=StageConfig(steps=7500, batch=16, clips=4096, pieces=2),
         ),
     )
 

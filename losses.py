@@ -95,9 +95,11 @@ class DiffusionLoss(nn.ModuleDict):
         low_rate = (data.semantic_frames, data.semantic_height, data.semantic_width)
         plan = run.config.encoder.grid(*low_rate)
         latents = run.config.vae.grid(data.frames, data.height, data.width)
-        # A clip can be cut where a frame of the plan and one of the latents begin together.
-        self.cuts, self.seconds = math.gcd(plan[0], latents[0]), data.seconds
-        pieces = self.config.pieces
+        # A clip can be cut where a frame of the plan and one of the latents begin together: not at
+        # all where they are not as long as each other, as with a VAE whose first frame is alone.
+        alike = plan[0] * run.config.latent.rate == latents[0] * run.config.latent.context_rate
+        self.cuts = math.gcd(plan[0], latents[0]) if alike else 1
+        self.seconds, pieces = data.seconds, self.config.pieces
         if self.cuts % pieces:
             raise UserError(
                 f"stages.{stage}.pieces={pieces}: plan and latents can be cut together into "

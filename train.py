@@ -434,7 +434,10 @@ def preview(run: Run, stage: str, dataset, clips: Memory | Cache | None):
         video = to_uint8(run.vae.decode(run.vae.encode(to_float(shown).to(run.device))))
         labels = "real", "through the VAE"
     else:
-        latents, _ = clips.latents(indices)
+        if isinstance(clips, Cache):
+            latents, _ = clips.latents(indices)
+        else:  # of the world, which would encode all of its clips for these few
+            latents = run.vae.encode(to_float(dataset.batch(indices).video).to(run.device))
         shown = to_uint8(run.vae.decode(latents.to(run.device))).cpu()
         if stage == "latent":
             plans = run.painter["compressor"].encode(clips.features(indices).to(run.device))

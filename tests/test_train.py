@@ -844,9 +844,16 @@ def test_a_rows_stretch_does_not_depend_on_how_a_batch_is_cut(tmp_path):
     assert rows["start"] == whole["start"]
 
 
-def test_stretches_that_do_not_fit_are_one_line(tmp_path):
-    run = random_run(tmp_path, *LONG, "stages.latent.pieces=3")
-    with pytest.raises(UserError, match="4 equal stretches, which do not divide by it"):
+@pytest.mark.parametrize(
+    "settings, stretches",
+    [
+        ([*LONG, "stages.latent.pieces=3"], 4),
+        (["data.frames=24", "data.semantic_fps=1", "stages.latent.pieces=2"], 1),  # 3 s, plan 4 s
+    ],
+)
+def test_stretches_that_do_not_fit_are_one_line(tmp_path, settings, stretches):
+    run = random_run(tmp_path, *settings)
+    with pytest.raises(UserError, match=f"{stretches} equal stretches, which do not divide by it"):
         DiffusionLoss(run, "latent", encoded(run, few(run), 4))
 
 

@@ -189,7 +189,7 @@ def encode_until_killed(folder: Path, out: Path, run_path: Path, delay: float | 
 
 def test_killed_at_twenty_moments_and_started_again(tmp_path, run):
     """The cache is that of an undisturbed run, byte for byte, and no clip is encoded twice."""
-    folder, out = write_folder(tmp_path / "videos", 60), tmp_path / "killed"
+    folder, out = write_folder(tmp_path / "videos", 100), tmp_path / "killed"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cache"])
 

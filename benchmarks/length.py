@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -38,6 +39,9 @@ from vae import TinyVAE
 from world import to_uint8
 
 WINDOW = 4.0  # seconds, of the tiny painter
+# glibc hands large blocks back to the kernel at once, which has to clear their pages again for the
+# next ones: in long forward passes that takes as long as the work. The processes keep them instead.
+KEEP = {f"MALLOC_{name}_THRESHOLD_": str(2**34) for name in ("MMAP", "TRIM")}
 DECODED = 15, 60, 240  # seconds of video
 MOST = {  # tokens beyond which a measurement takes too long or too much memory on a small machine
     ("full", "forward"): 2**15,
@@ -110,6 +114,7 @@ def decode(seconds: float, connection):
 
 def in_a_process(function: Callable, *arguments) -> tuple:
     """Return what a function sends from a process of its own; UserError if it fails."""
+    os.environ.update(KEEP)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=function, args=(*arguments, theirs))

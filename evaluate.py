@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from config import check_number, clip_frames
 from files import UserError, check_target, command, write_file
-from reader import UNCLEAR, read, read_stories, tracks
+from reader import GREW, UNCLEAR, read, read_stories, things, tracks
 from run import ASSETS, Run, computing
 from sample import generate, paint, reference_plans
 from world import GROWTH, MOTIONS, Thing, World, motions_of, to_float, to_uint8
@@ -122,12 +122,15 @@ def score(run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]]) -> dict[s
 
 
 def size_kept(radii: Tensor, motion: str) -> bool:
-    """Return whether an object's radii (F,) follow its events, up to one factor for all of them."""
+    """Return whether an object's radii (F,) follow its events, up to one factor for all of them.
+
+    They do as long as no error is large enough to be read as growth.
+    """
     motions = motions_of(motion)
     growth = torch.tensor([0, *(MOTIONS[name][2] for name in motions)]).cumsum(0)
     times = torch.linspace(0, len(radii) - 1, len(growth)).round().long()  # where events meet
     error = radii[times].clamp(min=1e-3).log() - growth * math.log(GROWTH)
-    return bool((error - error.mean()).abs().max() < math.log(1.25))
+    return bool((error - error.mean()).abs().max() < GREW)
 
 
 def long_agreement(video: Tensor, scene: Sequence[Thing], events: int) -> dict[str, list[float]]:
@@ -165,7 +168,7 @@ def end_scores(run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]]) -> d
     """Return the scores of DRIFT of each short piece of a clip, (B,) each, in percent."""
     colours, shapes = [], []
     for video, scene in zip(videos, scenes, strict=True):
-        found = {story.colour: story for story in read_stories(video, 1)}
+        found = {thing.colour: thing for thing in things(video)}
         same = [found[w.colour].shape == w.shape for w in scene if w.colour in found]
         colours.append(100 * len(same) / len(scene))
         shapes.append(100 * sum(same) / len(scene))

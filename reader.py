@@ -188,15 +188,31 @@ def read_motions(centres: np.ndarray, areas: np.ndarray, events: int) -> str:
     return UNCLEAR if set(found) == {UNCLEAR} else tell(found)
 
 
+def pixels(track: Track) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a track's coverage (F, H, W), centres (F, 2) and areas (F,) in pixels."""
+    H, W = track.coverage.shape[1:]
+    return track.coverage.numpy(), track.centres.numpy() * [W, H], track.areas.numpy() * (H * W)
+
+
+def things(video: Tensor, events: int = 1) -> list[Thing]:
+    """Return a thing for every track of a video (3, F, H, W) uint8, unclear ones too."""
+    unit, found = min(video.shape[2:]) / 32, []
+    for track in tracks(video):
+        mass, centres, areas = pixels(track)
+        motion = read_motions(centres / unit, areas / unit**2, events)
+        found.append(Thing(track.colour, read_shape(mass, centres, areas), motion))
+    return found
+
+
 def read(video: Tensor, events: int = 1) -> tuple[Thing, ...]:
     """Return the things a video (3, F, H, W) uint8 shows, in the order a caption names them.
 
     events: motions of a thing, one after another (world.py).
     """
     return tuple(
-        Thing(story.colour, story.shape, story.motion)
-        for story in read_stories(video, events)
-        if story.shape != UNCLEAR or story.motion != UNCLEAR
+        thing
+        for thing in things(video, events)
+        if thing.shape != UNCLEAR or thing.motion != UNCLEAR
     )
 
 
@@ -204,7 +220,6 @@ class Story(NamedTuple):
     """One object over the events of a clip."""
 
     colour: str
-    shape: str  # over the whole clip
     motion: str  # of all events, as a caption tells it
     present: list[bool]  # in each event: is it there throughout
     shapes: list[str]  # in each event in which it is large at some time
@@ -213,24 +228,17 @@ class Story(NamedTuple):
 
 def read_stories(video: Tensor, events: int) -> list[Story]:
     """Return the objects of a video (3, F, H, W) uint8 with what they are in each event."""
-    F, H, W = video.shape[1:]
-    unit, found = min(H, W) / 32, []
+    unit, parts, found = min(video.shape[2:]) / 32, stretches(video.shape[1], events), []
     for track in tracks(video):
-        mass = track.coverage.numpy()
-        centres, areas = track.centres.numpy() * [W, H], track.areas.numpy() * (H * W)  # pixels
-        parts = stretches(F, events)
+        mass, centres, areas = pixels(track)
         seen = areas > LEAST_AREA / 2 * unit**2
+        large = [s for s in parts if areas[s].max(initial=0) > LARGE**2 * areas.max()]
         found.append(
             Story(
                 track.colour,
-                read_shape(mass, centres, areas),
                 read_motions(centres / unit, areas / unit**2, events),
                 [bool(seen[s].sum() >= LEAST_PRESENCE * len(seen[s])) for s in parts],
-                [
-                    read_shape(mass[s], centres[s], areas[s])
-                    for s in parts
-                    if areas[s].max(initial=0) > LARGE**2 * areas.max()
-                ],
+                [read_shape(mass[s], centres[s], areas[s]) for s in large],
                 torch.from_numpy(np.sqrt(areas / math.pi) / unit).float(),
             )
         )

@@ -63,12 +63,9 @@ NEEDS = {  # the stages whose weights a stage is trained on, in the order of tra
     "semantic": ("vae", "encoder", "latent"),
     "base": ("vae",),
 }
-FREE = tuple(  # fields that may change while a run is trained
-    f".{name}"
-    for name in (
-        *("steps", "weights", "chunk"),
-        *("accumulate", "compile", "checkpoint", "preview_every"),  # how, not what
-    )
+FREE = (  # ends of fields that may change while a run is trained
+    *(".steps", ".weights", ".chunk"),
+    *(".accumulate", ".compile", ".checkpoint", ".preview_every"),  # how, not what
 )
 RELEASED = (PretrainedEncoderConfig, WanVAEConfig, UMT5Config)  # not trained here
 FLAGS = {  # part -> (flags that name its weights, how to describe them, what fits)

@@ -29,6 +29,7 @@ from files import UserError, check_target, command, replacing, require, write_fi
 from flow import euler, guidance_weights
 from run import ASSETS, Run, add_part_flags, parts_from_flags
 from text import piece_seed
+from vae import VideoVAE
 from world import to_float, to_uint8
 
 PROMPTS = ("a red circle moves left and a blue square grows",)  # where the user names none
@@ -133,9 +134,9 @@ def paint(run: Run, *args, **options) -> Tensor:
     return to_uint8(run.vae.decode(paint_latents(run, *args, **options)))
 
 
-def decode_pieces(run: Run, latents: Tensor) -> Iterator[Tensor]:
+def decode_pieces(vae: VideoVAE, latents: Tensor) -> Iterator[Tensor]:
     """Yield the video of one sample's latents (1, C, T, h, w) in pieces (3, f, H, W) uint8."""
-    for piece in run.vae.decode_pieces(latents):
+    for piece in vae.decode_pieces(latents):
         yield to_uint8(piece)[0].cpu()
 
 
@@ -307,7 +308,7 @@ def main():
         elif not args.base:
             plan = sample_plans(run, [prompt], seeds, frames, **options)
         latents = paint_latents(run, [prompt], seeds, plan, frames, **options)
-        pieces = Picked(decode_pieces(run, latents), frames)
+        pieces = Picked(decode_pieces(run.vae, latents), frames)
         if args.out.suffix == ".png":
             for _ in pieces:
                 pass

@@ -105,10 +105,6 @@ def main():
         process.join()
         return process.exitcode
 
-    def moment(calm: float) -> float:
-        """Draw when to kill: from the start to somewhat later than a calm run would end."""
-        return rng.uniform(0.1, 1.2 * calm)
-
     config = override(tiny(), ["dtype=float32", *SETTINGS, *args.settings])
     rng, failed = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
@@ -116,12 +112,13 @@ def main():
         for stage in args.stage:
             kills = rounds = same = 0
             expected = content(whole, stage)
+            latest = 1.2 * seconds[stage]  # so that a stage can end, however slow its start
             while kills < args.kills:  # a round: killed again and again until the stage is done
                 path = Path(folder) / f"{stage}-{rounds}"
                 run = Run.create(path, config)
                 for need in NEEDS[stage]:
                     shutil.copy(whole.weights_file(need), path)
-                while (code := start(path, config, stage, moment(seconds[stage]))) != 0:
+                while (code := start(path, config, stage, rng.uniform(0.1, latest))) != 0:
                     if code != -signal.SIGKILL:
                         sys.exit(f"{stage}: ended with {code}")
                     kills += 1

@@ -33,10 +33,9 @@ from files import UserError, command, write_file
 from flow import flow_loss
 from model import DiT
 from run import default_device
-from sample import write_video
+from sample import decode_pieces, write_video
 from swin import Stream, fitting_window, windows
 from vae import TinyVAE
-from world import to_uint8
 
 WINDOW = 4.0  # seconds, of the tiny painter
 # glibc hands large blocks back to the kernel at once, which has to clear their pages again for the
@@ -102,11 +101,10 @@ def decode(seconds: float, connection):
     def write(frames: int, folder: str):
         grid = vae.grid(frames, config.data.height, config.data.width)
         latents = torch.randn(1, vae.channels, *grid)
-        pieces = (to_uint8(piece)[0] for piece in vae.decode_pieces(latents))
-        write_video(Path(folder) / "x.mp4", pieces, config.data.fps)
+        write_video(Path(folder) / "x.mp4", decode_pieces(vae, latents), config.data.fps)
 
     with tempfile.TemporaryDirectory() as folder:
-        write(2 * 4 * config.vae.span, folder)  # warms up: libraries, and the encoder's buffers
+        write(2 * config.vae.time_patch * config.vae.span, folder)  # warms up
         before, start = peak_memory(torch.device("cpu")), time.perf_counter()
         write(frames, folder)
         connection.send((time.perf_counter() - start, peak_memory(torch.device("cpu")) - before))
@@ -176,8 +174,7 @@ def plot(found: dict[str, list], path: Path):
 
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for panel, column, label in zip(panels, (1, 2), ("seconds", "peak bytes"), strict=True):
-        for name in ("full forward", "full training", "windows forward", "windows training"):
-            rows = found[name]
+        for name, rows in found.items():
             panel.plot([r[0] for r in rows], [r[column] for r in rows], "o-", label=name)
         panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         panel.grid(alpha=0.3)
@@ -229,13 +226,13 @@ def main():
     found = measured(sorted(args.tokens), args.repeat, default_device())
     print("\n" + table(found))
     print("\n| decoded and written, .mp4 | seconds | MB |\n|---|---|---|")
-    for length in DECODED:
-        seconds, memory = found.setdefault(f"decode {length} s", in_a_process(decode, length))
-        print(f"| {length} s of video | {seconds:.1f} | {memory / 1e6:.1f} |")
+    decoded = {f"{length} s": in_a_process(decode, length) for length in DECODED}
+    for length, (seconds, memory) in decoded.items():
+        print(f"| {length} of video | {seconds:.1f} | {memory / 1e6:.1f} |")
     print("\n" + minute())
     plot(found, args.out)
     if args.json:
-        write_file(args.json, json.dumps(found, indent=1).encode())
+        write_file(args.json, json.dumps(found | {"decoded": decoded}, indent=1).encode())
 
 
 if __name__ == "__main__":

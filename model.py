@@ -275,14 +275,13 @@ class DiT(nn.Module):
                 f"but context_channels is {config.context_channels}"
             )
         x = self.latents_in(rearrange(z, "b c t (h p) (w q) -> b (t h w) (c p q)", p=p, q=p))
-        x = x + self.type_embedding[0].to(x)  # (B, T h/p w/p, D)
         streams = [Stream(frames, height * width // p**2, config.rate)]
         coords = [grid_coords(frames, height // p, width // p, config.rate)]
         if context is not None:
             semantics = self.context_in(rearrange(context, "b k s h w -> b (s h w) k"))
             if keep_context is not None:
                 semantics = semantics.where(keep_context[:, None, None], self.null_context.to(x))
-            x = torch.cat([x, semantics + self.type_embedding[1].to(x)], 1)  # (B, N, D), Sec. 3.2
+            x = torch.cat([x, semantics], 1)  # (B, N, D), Sec. 3.2
             streams.append(
                 Stream(context.shape[2], math.prod(context.shape[3:]), config.context_rate)
             )
@@ -291,7 +290,11 @@ class DiT(nn.Module):
         coords = torch.cat(coords).to(z.device)
         coords = torch.cat([coords[:, :1] + start, coords[:, 1:]], 1)
         features, cos, sin = self.positions(coords)  # (N, D), (N, d/2), (N, d/2)
-        x = x + features.to(x)
+        # By token, with the features: torch 2.13 fails to compile, in bfloat16 on a CPU, the
+        # gradients of two biases that are added to all tokens alike.
+        types = zip(self.type_embedding, streams, strict=False)  # without a plan the first alone
+        types = torch.cat([e.expand(s.frames * s.tokens, -1) for e, s in types])  # (N, D)
+        x = x + (features + types).to(x)
         time = F.silu(self.time_in(time_features(t)))  # (B, D)
         text = self.text_in(text)  # (B, L, D)
 

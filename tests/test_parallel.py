@@ -23,7 +23,7 @@ import train
 from files import UserError
 from losses import stage_loss
 from parallel import Team
-from run import NEEDS, Run
+from run import NEEDS, Run, computing
 from train import encoded, prepare, step_generator
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -166,7 +166,7 @@ def test_a_run_stops_with_some_processes_and_goes_on_with_others(begun, tmp_path
 
 
 def gradients(
-    run: Run, stage: str, pieces: int, **changes
+    run: Run, stage: str, pieces: int, dtype: str = "float32", **changes
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Return loss and gradients of one batch, computed in pieces."""
     clips = None if stage in ("vae", "encoder") else encoded(run, few(run), 8)
@@ -179,18 +179,19 @@ def gradients(
     prepare(losses, type(config)(**{**vars(config), **changes}))
     total = 0.0
     for rows in Team().rows(config.batch, pieces):
-        loss, _ = losses(**losses.draw(step_generator(0, stage, 0), rows))
+        with computing(run.device, dtype):
+            loss, _ = losses(**losses.draw(step_generator(0, stage, 0), rows))
         (loss / pieces).backward()
         total += loss.item() / pieces
     return total, {name: p.grad for name, p in losses.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(found, expected):
+def assert_same_gradients(found, expected, accuracy=1e-5):
     (loss, mine), (reference, yours) = found, expected
-    assert loss == pytest.approx(reference, rel=1e-5)
+    assert loss == pytest.approx(reference, rel=accuracy)
     assert mine.keys() == yours.keys()
     for name, x in yours.items():
-        assert (mine[name] - x).abs().max() <= 1e-5 * max(1, x.abs().max()), name
+        assert (mine[name] - x).abs().max() <= accuracy * max(1, x.abs().max()), name
 
 
 @pytest.mark.parametrize("stage", ["vae", "encoder", "latent", "semantic", "base"])
@@ -214,8 +215,9 @@ def test_recomputed_blocks_give_the_same_gradient(begun, monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiled_network_gives_the_same_gradient(begun):
-    found = gradients(begun, "base", 1, compile=True)
-    assert_same_gradients(found, gradients(begun, "base", 1))
+    """In bfloat16, where the compiler once failed and float32 went well."""
+    found = gradients(begun, "base", 1, "bfloat16", compile=True)
+    assert_same_gradients(found, gradients(begun, "base", 1, "bfloat16"), 0.03)
 
 
 def test_accumulation_is_a_field_of_a_stage(begun, tmp_path):

@@ -2,6 +2,7 @@
 
     python benchmarks/length.py                       # a table and benchmarks/length.png
     python benchmarks/length.py --tokens 4096 8192 --repeat 1
+    python benchmarks/length.py --only "windows forward" --repeat 9 --out other.png
 
 SemanticGen Sec. 3.4: with shifted windows over time the cost grows linearly with length. The
 painter of the tiny preset (latents and plan in one sequence) is run on ever longer clips, in one
@@ -43,10 +44,10 @@ WINDOW = 4.0  # seconds, of the tiny painter
 KEEP = {f"MALLOC_{name}_THRESHOLD_": str(2**34) for name in ("MMAP", "TRIM")}
 DECODED = 15, 60, 240  # seconds of video
 MOST = {  # tokens beyond which a measurement takes too long or too much memory on a small machine
-    ("full", "forward"): 2**15,
-    ("full", "training"): 2**14,
-    ("windows", "forward"): 2**17,
-    ("windows", "training"): 2**16,
+    "full forward": 2**15,
+    "full training": 2**14,
+    "windows forward": 2**17,
+    "windows training": 2**16,
 }
 
 
@@ -126,13 +127,16 @@ def in_a_process(function: Callable, *arguments) -> tuple:
     return found
 
 
-def measured(tokens: list[int], repeat: int, device: torch.device) -> dict[str, list]:
-    """Return {"full forward": [(tokens, seconds, bytes), ...], ...}."""
+def measured(
+    names: list[str], tokens: list[int], repeat: int, device: torch.device
+) -> dict[str, list]:
+    """Return {"full forward": [(tokens, seconds, bytes), ...], ...} for the names given."""
     found = {}
-    for (kind, work), most in MOST.items():
-        rows = found.setdefault(f"{kind} {work}", [])
+    for name in names:
+        kind, work = name.split()
+        rows = found.setdefault(name, [])
         for count in tokens:
-            if count > most:
+            if count > MOST[name]:
                 continue
             seconds, memory, exact = in_a_process(measure, kind, work, count, repeat, device)
             rows.append((exact, seconds, memory))
@@ -156,7 +160,9 @@ def table(found: dict[str, list]) -> str:
                 ]
             cells = [name, tokens, f"{seconds:.3f}", growth[0], f"{memory / 1e6:.0f}", growth[1]]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    full, windowed = (dict(x[:2] for x in found[f"{k} forward"]) for k in ("full", "windows"))
+    full, windowed = (
+        dict(x[:2] for x in found.get(f"{kind} forward", ())) for kind in ("full", "windows")
+    )
     if both := sorted(full.keys() & windowed.keys()):
         ratio = full[both[-1]] / windowed[both[-1]]
         lines.append(f"\nAt {both[-1]} tokens windows are {ratio:.1f} times faster (forward).")
@@ -218,12 +224,13 @@ def main():
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**k for k in range(12, 18)])
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=MOST, default=list(MOST), metavar="WHAT")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("length.png"))
     parser.add_argument("--json", type=Path, help="write the measurements there as well")
     args = parser.parse_args()
     if min(args.tokens) < 1024 or args.repeat < 1:
         raise UserError("--tokens: at least 1024 each; --repeat: at least 1")
-    found = measured(sorted(args.tokens), args.repeat, default_device())
+    found = measured(args.only, sorted(args.tokens), args.repeat, default_device())
     print("\n" + table(found))
     print("\n| decoded and written, .mp4 | seconds | MB |\n|---|---|---|")
     decoded = {f"{length} s": in_a_process(decode, length) for length in DECODED}

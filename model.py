@@ -275,6 +275,7 @@ class DiT(nn.Module):
                 f"but context_channels is {config.context_channels}"
             )
         x = self.latents_in(rearrange(z, "b c t (h p) (w q) -> b (t h w) (c p q)", p=p, q=p))
+        # x (B, T h/p w/p, D), before the semantics join
         streams = [Stream(frames, height * width // p**2, config.rate)]
         coords = [grid_coords(frames, height // p, width // p, config.rate)]
         if context is not None:

@@ -134,7 +134,7 @@ def measured(
     found = {}
     for name in names:
         kind, work = name.split()
-        rows = found.setdefault(name, [])
+        rows = found[name] = []
         for count in tokens:
             if count > MOST[name]:
                 continue
@@ -224,7 +224,9 @@ def main():
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**k for k in range(12, 18)])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=MOST, default=list(MOST), metavar="WHAT")
+    parser.add_argument(
+        "--only", nargs="+", choices=MOST, default=list(MOST), metavar="WHAT", help=", ".join(MOST)
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("length.png"))
     parser.add_argument("--json", type=Path, help="write the measurements there as well")
     args = parser.parse_args()

@@ -204,15 +204,17 @@ def read_settings(weights: str, *names: str) -> dict:
 def tensor_files(weights: str, wanted: Callable[[str], bool], stem="model") -> dict[str, Path]:
     """Return {tensor name: file} for the wanted tensors of sharded or single safetensors.
 
-    Only the files that hold them are fetched.
+    Shards lie beside their index. Only the files that hold what is wanted are fetched.
     """
     if index := locate(weights, f"{stem}.safetensors.index.json"):
         content = read_json(index)
         places = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
             raise UserError(f"{index} is not an index of safetensors")
-        shards = {shard: locate(weights, shard) for n, shard in places.items() if wanted(n)}
-        if missing := [shard for shard, file in shards.items() if file is None]:
+        beside = stem[: stem.rfind("/") + 1]
+        needed = {shard for name, shard in places.items() if wanted(name)}
+        shards = {shard: locate(weights, beside + shard) for shard in sorted(needed)}
+        if missing := [beside + shard for shard, file in shards.items() if file is None]:
             raise UserError(f"{weights} lacks {', '.join(missing)}, which its index names")
         return {name: shards[shard] for name, shard in places.items() if wanted(name)}
     file = locate(weights, f"{stem}.safetensors")
@@ -228,6 +230,20 @@ def tensor_names(file: Path) -> list[str]:
             return list(content.keys())
     except safetensors.SafetensorError as error:
         raise UserError(f"{file} is not readable as safetensors: {error}") from None
+
+
+def check_tensors(weights: str, report: dict, not_needed: str):
+    """Raise UserError unless a library has used every tensor and has got every one that it needs.
+
+    report: its loading info. not_needed: a pattern of names, of heads that only training needs. A
+    tensor that the model does not know, such as the scales of quantised weights, changes what the
+    others mean.
+    """
+    for found, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, but should not,")):
+        odd = sorted(name for name in report[found] if not re.match(not_needed, name))
+        if odd:
+            more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
+            raise UserError(f"{weights} {what} {odd[0]}{more}: not the weights it says")
 
 
 def digest(files: Sequence[Path]) -> str:

@@ -21,7 +21,15 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from files import UserError, digest, loading, read_settings, require, tensor_files
+from files import (
+    UserError,
+    check_tensors,
+    digest,
+    loading,
+    read_settings,
+    require,
+    tensor_files,
+)
 
 
 class SemanticEncoder(Protocol):
@@ -370,8 +378,7 @@ class VJEPA2(nn.Module):
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        if missing := sorted(name for name in report["missing_keys"] if "predictor" not in name):
-            raise UserError(f"{config.weights} lacks {missing[0]}: not the weights of V-JEPA 2")
+        check_tensors(config.weights, report, r"(predictor|pooler|classifier)\.")
         del self.model.predictor  # only the encoder's features are used
         self.register_buffer("mean_rgb", torch.tensor(self.mean).view(3, 1, 1))
         self.register_buffer("std_rgb", torch.tensor(self.std).view(3, 1, 1))

@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from files import UserError, digest, loading, locate, read_settings, require, tensor_files
+from files import (
+    UserError,
+    check_tensors,
+    digest,
+    loading,
+    locate,
+    read_settings,
+    require,
+    tensor_files,
+)
 
 
 class TextEncoder(Protocol):
@@ -147,8 +156,7 @@ class UMT5(nn.Module):
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        if missing := sorted(n for n in report["missing_keys"] if not n.startswith("pooler.")):
-            raise UserError(f"{config.weights} lacks {missing[0]}: not the weights it says")
+        check_tensors(config.weights, report, r"(pooler|decoder|lm_head|cls)\.")
         self.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from files import UserError, digest, loading, locate, read_settings, require, tensor_names
+from files import (
+    UserError,
+    check_tensors,
+    digest,
+    loading,
+    locate,
+    read_settings,
+    require,
+    tensor_files,
+)
 
 
 class VideoVAE(Protocol):
@@ -238,13 +247,10 @@ def describe_vae(weights: str) -> WanVAEConfig:
     settings = read_settings(weights, f"{folder}config.json")
     if settings.get("_class_name") != "AutoencoderKLWan":
         raise UserError(f"{weights} holds a {settings.get('_class_name')!r}, not AutoencoderKLWan")
-    file = locate(weights, f"{folder}diffusion_pytorch_model.safetensors")
-    if file is None:
-        raise UserError(f"{weights} has no {folder}diffusion_pytorch_model.safetensors")
-    tensor_names(file)  # or say now that it is damaged
+    files = tensor_files(weights, lambda name: True, f"{folder}diffusion_pytorch_model")
     return WanVAEConfig(
         weights=weights,
-        digest=digest([file]),
+        digest=digest(set(files.values())),
         channels=settings.get("z_dim", 16),
         time_patch=settings.get("scale_factor_temporal", 4),
         space_patch=settings.get("scale_factor_spatial", 8),
@@ -275,8 +281,7 @@ class WanVAE(nn.Module):
                 low_cpu_mem_usage=False,  # True would need one more library
                 output_loading_info=True,
             )
-        if odd := report["missing_keys"] + report["unexpected_keys"]:
-            raise UserError(f"{config.weights} does not fit Wan's VAE: {odd[0]}")
+        check_tensors(config.weights, report, "$^")
         if config.tile:
             step = config.tile * 3 // 4 // config.space_patch * config.space_patch  # whole latents
             self.model.enable_tiling(config.tile, config.tile, step, step)

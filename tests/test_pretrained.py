@@ -663,6 +663,10 @@ def spoil_vjepa2(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 
 WRONG_VJEPA2 = {
+    "scales of quantised weights": (
+        spoil_vjepa2(lambda x: x.update({f"{PROJECTION}_scale": randn(1)})),
+        ["should not", f"{PROJECTION}_scale"],
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors"]),
     "cut": (lambda f: cut(f / "model.safetensors"), ["model.safetensors"]),
     "a tensor is missing": (spoil_vjepa2(lambda x: x.pop(PROJECTION)), ["lacks", PROJECTION]),
@@ -782,6 +786,13 @@ def test_a_vae_in_a_pipelines_folder(tmp_path, wan, vae):
     assert WanVAE(config).encode(video).equal(vae.encode(video))
 
 
+def test_a_vae_in_shards(tmp_path, wan, vae):
+    wan[1].save_pretrained(tmp_path / "vae", max_shard_size="1MB")
+    assert len(list((tmp_path / "vae").glob("*.safetensors"))) > 1
+    video = to_float(random_video(1, 5, 16, 16))
+    assert WanVAE(describe_vae(str(tmp_path))).encode(video).equal(vae.encode(video))
+
+
 def test_describe_reads_the_vaes_sizes(wan):
     config = describe_vae(str(wan[0]))
     assert (config.channels, config.time_patch, config.space_patch) == (4, 4, 8)
@@ -888,7 +899,7 @@ WRONG_VAE = {
     "a shape is wrong": (spoil_vae(lambda x: x.update({"quant_conv.bias": randn(3)})), ["VAE"]),
     "foreign weights": (
         lambda f: save_file({"a.weight": randn(3), "b.weight": randn(3)}, f / VAE_FILE),
-        ["does not fit"],
+        ["lacks"],
     ),
     "no config.json": (lambda f: (f / "config.json").unlink(), ["config.json"]),
     "another class": (
@@ -972,14 +983,22 @@ def text_model(kind: str) -> torch.nn.Module:
         return transformers.BertModel(config).eval()
 
 
-@pytest.fixture(scope="module", params=["umt5, pipeline", "umt5, one folder", "bert, one folder"])
+TEXTS = ["umt5, pipeline", "umt5, pipeline, one file", "umt5, one folder", "bert, one folder"]
+
+
+@pytest.fixture(scope="module", params=TEXTS)
 def text(request, tmp_path_factory) -> tuple[Path, torch.nn.Module]:
-    """Return a folder with encoder and tokenizer, and transformers' own encoder."""
-    kind, layout = request.param.split(", ")
+    """Return a folder with encoder and tokenizer, and transformers' own encoder.
+
+    A pipeline's repository has subfolders and, as the released ones, shards in them.
+    """
+    kind, *layout = request.param.split(", ")
     folder, model = tmp_path_factory.mktemp("text"), text_model(kind)
-    pipeline = layout == "pipeline"
+    pipeline = "pipeline" in layout
     write_tokenizer(folder / "tokenizer" if pipeline else folder, ends=kind == "umt5")
-    model.save_pretrained(folder / "text_encoder" if pipeline else folder)
+    size = "20KB" if layout == ["pipeline"] else "5GB"
+    model.save_pretrained(folder / "text_encoder" if pipeline else folder, max_shard_size=size)
+    assert (len(list(folder.rglob("*.safetensors"))) > 1) == (layout == ["pipeline"])
     return folder, model
 
 
@@ -1057,7 +1076,20 @@ def pipeline(tmp_path) -> Path:
 
 TEXT_FILE = "text_encoder/model.safetensors"
 TEXT_SETTINGS = "text_encoder/config.json"
+
+
+def add_scales(file: Path):
+    """As quantised weights have them: without their use the weights mean something else."""
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    edit_tensors(file, lambda x: x.update({f"{name}_scale": torch.tensor(0.1)}))
+
+
 WRONG_TEXT = {
+    "scales of quantised weights": (lambda f: add_scales(f / TEXT_FILE), ["q.weight_scale"]),
+    "a mark of quantised weights": (
+        lambda f: edit_tensors(f / TEXT_FILE, lambda x: x.update(scaled_fp8=randn(0))),
+        ["scaled_fp8"],
+    ),
     "no weights": (lambda f: (f / TEXT_FILE).unlink(), [TEXT_FILE]),
     "cut": (lambda f: cut(f / TEXT_FILE), [TEXT_FILE]),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), ["tokenizer"]),
@@ -1091,6 +1123,35 @@ def test_what_is_wrong_with_a_text_encoder_is_one_line(pipeline, spoil, words):
     spoil(pipeline)
     with refused(str(pipeline), *words):
         load_text(pipeline)
+
+
+def sharded(folder: Path) -> Path:
+    """Write a pipeline's text encoder in shards, as the released ones are."""
+    write_tokenizer(folder / "tokenizer", ends=True)
+    text_model("umt5").save_pretrained(folder / "text_encoder", max_shard_size="20KB")
+    return folder
+
+
+def test_a_missing_shard_is_named_with_its_folder(tmp_path):
+    shard = sorted((sharded(tmp_path) / "text_encoder").glob("model-*"))[1]
+    shard.unlink()
+    with refused(f"lacks text_encoder/{shard.name}"):
+        load_text(tmp_path)
+
+
+def test_a_whole_t5_has_a_decoder_that_is_not_needed(tmp_path):
+    """The encoder of a checkpoint that holds encoder, decoder and head."""
+    write_tokenizer(tmp_path, ends=True)
+    config = text_model("umt5").config
+    config.is_encoder_decoder, config.decoder_start_token_id = True, 0
+    with torch.random.fork_rng():
+        model = transformers.UMT5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 1]])
+    with torch.no_grad():
+        expected = model.encoder(input_ids=ids).last_hidden_state
+    words = " ".join(WORDS[k - 3] for k in (5, 6))
+    assert_close(load_text(tmp_path).encode([words])[:, :3], expected, 1e-5)
 
 
 # --- all of them --------------------------------------------------------------------------------

@@ -434,7 +434,7 @@ class CompressorConfig:
     hidden: int = 256
     kl_weight: float = 3e-5  # on KL summed over channels; larger ones kill the plan
     log_variance: float = -4.0  # where the log-variance starts: low, or the posterior collapses
-    noise: float = 0.2  # tau: z_sem is trained with noise of deviation tau * |N(0, 1)|, as in RAE
+    noise: float = 0.2  # tau: noise on z_sem of tau * |N(0, 1)| times its deviation, as in RAE
 
 
 class Compressor(nn.Module):
@@ -456,7 +456,8 @@ class Compressor(nn.Module):
         # Features of pretrained towers have uneven scales: standardise them first.
         self.register_buffer("feature_mean", torch.zeros(dim))
         self.register_buffer("feature_std", torch.ones(dim))
-        # Statistics of z_sem, for the planner: it generates plans of unit variance.
+        # Statistics of z_sem: training noise is in proportion to it, and the planner generates
+        # plans of unit variance.
         self.register_buffer("mean", torch.zeros(config.channels, 1, 1, 1))
         self.register_buffer("std", torch.ones(config.channels, 1, 1, 1))
 

@@ -52,6 +52,7 @@ from world import World, to_float, to_uint8
 
 LOG_EVERY = 20  # steps per line of metrics.jsonl
 SAVE_EVERY = 200  # steps per training state
+MEASURE_EVERY = 50  # steps between measurements of z_sem's deviation, which the painter's noise has
 PATIENCE = 5  # steps in a row that may be skipped for a loss or gradient that is not finite
 
 
@@ -262,6 +263,8 @@ def train_stage(run: Run, stage: str, dataset, seed: int, team: Team | None = No
     with Interrupt() as interrupt, bar:
         while progress.step < config.steps:
             start = time.perf_counter()
+            if stage == "latent" and progress.step % MEASURE_EVERY == 0:
+                measure_plans(run, losses, features)
             values = one_step(progress, wrapped, parameters, rows, team)
             progress.step += 1
             progress.seconds += time.perf_counter() - start
@@ -352,6 +355,20 @@ def one_step(
             f"{indices[:8]} ...; lower lr or muon_lr, the last saved state is intact"
         )
     return {"skipped": 1.0}
+
+
+def measure_plans(run: Run, losses: nn.ModuleDict, features: Tensor):
+    """Give the compressor the statistics of the z_sem that it makes at this moment of training.
+
+    On the same features in every process, so that they do not depend on how a batch is shared.
+    """
+    weights = {name: whole(x) for name, x in losses["compressor"].state_dict().items()}
+    with torch.random.fork_rng():
+        copy = run.build("latent")["compressor"].to(run.device)
+    copy.load_state_dict(weights)
+    copy.set_statistics(features.to(run.device))
+    for name, statistic in losses["compressor"].named_buffers():
+        statistic.copy_(copy.get_buffer(name))
 
 
 def prepare(losses: nn.ModuleDict, config: StageConfig):

@@ -28,6 +28,7 @@ from files import UserError
 from flow import shift_time
 from losses import DiffusionLoss
 from run import NEEDS, Run
+from semantic import Compressor
 from train import (
     build_optimizers,
     ema_decay,
@@ -532,6 +533,27 @@ def test_plans_are_shown_with_noise_of_another_size_for_each_sample(tmp_path):
     assert abs(sizes.square().mean() - 1) < 0.1 and abs(sizes.mean() - 0.8) < 0.05
     assert (sizes < 0.1).float().mean() > 0.03 and (sizes > 2).float().mean() > 0.02
     assert abs((added / sizes[:, None]).mean()) < 0.02
+
+
+def test_the_noise_on_plans_is_of_their_deviation_at_that_moment(tmp_path, monkeypatch):
+    """Not of the one they have in the end: the compressor learns while the painter does."""
+    seen = []
+
+    class Watched(Compressor):
+        def forward(self, features, noise):
+            z_sem, kl = super().forward(features, noise)
+            if self.training:
+                seen.append((self.std.flatten().clone(), z_sem.detach().std((0, 2, 3, 4))))
+            return z_sem, kl
+
+    monkeypatch.setattr("run.Compressor", Watched)
+    monkeypatch.setattr(train, "MEASURE_EVERY", 4)
+    settings = ["stages.latent.steps=12", "stages.latent.batch=64", "stages.latent.lr=0.02"]
+    run = one_clip(tmp_path, "latent", 64, *settings)
+    train.train_stage(run, "latent", few(run), seed=0)
+    said, true = (torch.stack(x)[1:] for x in zip(*seen, strict=True))  # the first counts FLOPs
+    assert (true[-1] / true[0]).log().abs().max() > 0.1  # it does change
+    assert (said[::4] / true[::4]).log().abs().max() < 0.25  # another batch, of few clips
 
 
 def test_the_planner_learns_normalised_plans(tmp_path):

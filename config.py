@@ -7,28 +7,23 @@ each other, and turned into text and back. No file is touched and no weights are
 """
 
 import argparse
-import dataclasses
-import difflib
 import math
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from files import UserError, command
+from data import DataConfig
 from model import DiT, DiTConfig
-from semantic import (
-    Compressor,
-    CompressorConfig,
-    PretrainedEncoderConfig,
-    TinyEncoder,
-    TinyEncoderConfig,
-)
-from text import HashTextConfig, UMT5Config
-from vae import TinyVAE, TinyVAEConfig, WanVAEConfig
-from world import DataConfig
+from plumbing.fields import build, check_types, field_types, find_field, flat_fields, parse_value
+from plumbing.files import UserError, command
+from semantic import Compressor, CompressorConfig, PretrainedEncoderConfig
+from text import UMT5Config
+from toy.encoder import TinyEncoder, TinyEncoderConfig
+from toy.text import HashTextConfig
+from toy.vae import TinyVAE, TinyVAEConfig
+from vae import WanVAEConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
 LIMITS = {  # least and greatest of a number, by a field's last name or all of it
@@ -134,16 +129,6 @@ def check_number(name: str, value: float, shown: str | None = None):
         raise UserError(f"{shown}: at least {least:g}, at most {greatest:g}")
 
 
-def check_values(values: dict[str, object]):
-    """Raise UserError if a flat field has another type than it declares, or a number beyond it."""
-    for name in (kinds_of := field_types(values)).keys() & values.keys():
-        value, kinds = values[name], typing.get_args(kinds_of[name]) or (kinds_of[name],)
-        if type(value) not in kinds and not (float in kinds and type(value) is int):
-            raise UserError(f"{name}={value!r}: expected {kinds[0].__name__}")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            check_number(name, value)
-
-
 def joints(values: dict[str, object]) -> dict[str, object]:
     """Return the fields that join the parts, as the other flat fields make them."""
     pairs = values["data.semantic_fps"] / 2  # pairs of frames per second
@@ -164,7 +149,6 @@ def joints(values: dict[str, object]) -> dict[str, object]:
 def check_fit(config: Config):
     """Raise UserError where the components' sizes do not fit each other."""
     values = flat_fields(config)
-    check_values(values)
     for name, fits in joints(values).items():
         if values[name] != fits:
             raise UserError(f"{name} is {values[name]}, but the other parts need {fits}")
@@ -347,74 +331,22 @@ def preset(name: str) -> Config:
 # --- configurations as text ---------------------------------------------------------------------
 
 
-def flat_fields(config, prefix: str = "") -> dict[str, object]:
-    """Return {"latent.width": 128, ...} for every leaf of nested dataclasses."""
-    fields = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            fields |= flat_fields(value, f"{prefix}{field.name}.")
-        else:
-            fields[prefix + field.name] = value
-    return fields
+def check_values(values: Mapping[str, object]):
+    """Raise UserError if a flat field has another type than it declares, or a number beyond it."""
+    check_types(Config, values)
+    for name, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            check_number(name, value)
 
 
-def parse_value(text: str, kind: type, name: str):
-    """Read a field's value by its declared type; UserError if the text does not fit."""
-    kinds = typing.get_args(kind) or (kind,)
-    if type(None) in kinds and text.lower() == "none":
-        return None
-    kind = kinds[0]
+def from_fields(values: Mapping[str, object]) -> Config:
+    """Return the configuration that flat fields stand for; UserError if it cannot be."""
     try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        raise UserError(f"{name}={text}: expected {kind.__name__}") from None
-
-
-def part_type(hint, values: dict, prefix: str) -> type | None:
-    """Return the dataclass that a field holds: of several, the one whose fields are in values."""
-    kinds = [k for k in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(k)]
-    if not kinds:
-        return None
-    there = {name.removeprefix(prefix) for name in values if name.startswith(prefix)}
-
-    def differences(kind: type) -> int:
-        return len({field.name for field in dataclasses.fields(kind)} ^ there)
-
-    return min(kinds, key=differences)
-
-
-def build_part(kind: type, name: str, values: dict, prefix: str = ""):
-    """Build one field of a dataclass from flat fields; KeyError if one of its own is not there."""
-    part = part_type(typing.get_type_hints(kind)[name], values, f"{prefix}{name}.")
-    return build(part, values, f"{prefix}{name}.") if part else values[prefix + name]
-
-
-def build(kind: type, values: dict, prefix: str = ""):
-    """Build a dataclass from flat fields.
-
-    A field that is not there (in a run that is older than the field) has its default; KeyError if
-    it has none.
-    """
-    made = {}
-    for field in dataclasses.fields(kind):
-        try:
-            made[field.name] = build_part(kind, field.name, values, prefix)
-        except KeyError:
-            if field.default is dataclasses.MISSING:
-                raise
-    return kind(**made)
-
-
-def field_types(values: dict, kind: type = Config, prefix: str = "") -> dict[str, type]:
-    """Return the declared type of every flat field of the configuration that values are of."""
-    found = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        part = part_type(hint, values, f"{prefix}{name}.")
-        found |= field_types(values, part, f"{prefix}{name}.") if part else {prefix + name: hint}
-    return found
+        return build(Config, values)
+    except KeyError as error:
+        raise UserError(f"the field {error} is missing") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def override(config: Config, settings: Sequence[str] = (), **parts) -> Config:
@@ -424,28 +356,17 @@ def override(config: Config, settings: Sequence[str] = (), **parts) -> Config:
     has it, and an unknown one is a UserError that names the near ones. What joins the parts
     (channels, rates, width of the text) follows them.
     """
-    values = flat_fields(config)
-    for name, part in parts.items():
-        values = {field: v for field, v in values.items() if not field.startswith(f"{name}.")}
-        values |= flat_fields(part, f"{name}.") if dataclasses.is_dataclass(part) else {name: part}
-    hints, chosen = field_types(values), {}
+    values = flat_fields(config, **parts)
+    kinds, chosen = field_types(Config, values), {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: expected field=value")
-        matches = [name] if name in values else [f for f in values if f.endswith("." + name)]
-        if len(matches) != 1:
-            near = matches or difflib.get_close_matches(name, values, 4, 0.4)
-            near = near or [f for f in values if name.split(".")[-1] in f][:4]
-            problem = "could be any of" if matches else "no such field; near ones:"
-            raise UserError(f"--set {name}: {problem} {', '.join(near) or 'none'}")
-        chosen[matches[0]] = parse_value(text, hints[matches[0]], matches[0])
+        name = find_field(name, values)
+        chosen[name] = parse_value(text, kinds[name], name)
     values |= chosen
     check_values(values)
-    try:
-        return build(Config, {**values, **joints(values), **chosen})
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return from_fields({**values, **joints(values), **chosen})
 
 
 # --- sizes --------------------------------------------------------------------------------------

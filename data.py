@@ -4,30 +4,77 @@ A dataset (`World`, `Folder`) has `config`, `len`, `batch(indices)`, `captions(i
 `semantic_video(indices)` (only the low-rate frames). Video is uint8 `(B, 3, F, H, W)`. Every clip
 comes at two rates: `video` for the VAE, and a few frames of the same stretch of time for the
 semantic encoder. Frames are chosen by timestamp: the frame at t is what a player shows at t.
-
-    python data.py preview --data FOLDER --out preview.png
-    python data.py precompute FOLDER --out CACHE --qwen WEIGHTS --vae WEIGHTS --text WEIGHTS
 """
 
-import argparse
 import json
-import os
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from functools import cached_property, partial
-from io import BytesIO
-from itertools import chain, count
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+from PIL import Image
 from torch import Tensor
 
-from files import UserError, check_target, command, require, write_file
-from world import Batch, DataConfig, World
+from plumbing.files import UserError, refuse
+from plumbing.video import VIDEOS, fit, frames_at
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Length, rates and sizes of clips, the world's or a folder's."""
+
+    frames: int = 16  # frames per clip, as the VAE sees it
+    fps: float = 8.0  # their rate (paper: 24)
+    height: int = 32
+    width: int = 32
+    semantic_fps: float = 2.0  # the semantic encoder's own low rate (paper: 1.6)
+    semantic_height: int = 32
+    semantic_width: int = 32
+    objects: int = 2  # at most so many objects in a clip of the synthetic world, 1 or 2
+    events: int = 1  # motions of an object of that world, one after another
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"data.{name} is {value}: it must be above 0")
+        if self.objects > 2:
+            raise ValueError(f"data.objects is {self.objects}: 1 or 2")
+        if self.frames < 4 * self.events and self.events > 1:
+            raise ValueError(f"data.events is {self.events}: {self.frames} frames are too few")
+
+    @property
+    def seconds(self) -> float:
+        """Length of a clip."""
+        return self.frames / self.fps
+
+    @property
+    def semantic_frames(self) -> int:
+        """Frames of a clip at the low rate: as many pairs as begin before its last frame."""
+        last = (self.frames - 1) / self.fps
+        return 2 * max(1, ceil(last * self.semantic_fps / 2 - 1e-9))
+
+
+class Batch(NamedTuple):
+    """Clips at both rates, the same stretch of time."""
+
+    video: Tensor  # (B, 3, F, H, W) uint8
+    semantic_video: Tensor  # (B, 3, Fs, Hs, Ws) uint8
+    captions: list[str]
+
+
+def to_float(video: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return video.float() / 127.5 - 1
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8, rounded; what lies outside is clamped."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def semantic_times(config: DataConfig) -> list[float]:
@@ -38,145 +85,7 @@ def semantic_times(config: DataConfig) -> list[float]:
 
 # --- real videos --------------------------------------------------------------------------------
 
-PILLOW = (".gif", ".webp", ".apng", ".png")  # read without PyAV
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".webp", ".apng")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # frames in a folder
-TOLERANCE = 1e-3  # seconds: some containers round timestamps to a millisecond
-LARGEST = 8192 * 4320  # pixels of a frame: a damaged file may claim any number, and memory for it
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is larger, and it warns before it refuses
-STILL = 10.0  # seconds: a frame that stays longer, for hours perhaps, is cut to this
-Picture = Callable[[], Image.Image]  # only the frames that are used get converted to RGB
-
-
-def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
-    """Yield (seconds until which it is on screen, picture) of each frame; the first starts at 0."""
-    until = 0.0
-    with open_image(path) as file:
-        for image in ImageSequence.Iterator(file):
-            check_size(*image.size)  # a later frame may be larger
-            picture = image.copy()  # decodes, which also sets the duration
-            until += (image.info.get("duration") or 100) / 1000  # players take 0 for 100 ms
-            yield until, picture.copy
-
-
-def open_image(path: Path) -> Image.Image:
-    """Open an image without decoding it; UserError if it claims to be larger than any video."""
-    image = Image.open(path)
-    try:
-        check_size(*image.size)
-    except UserError:
-        image.close()
-        raise
-    return image
-
-
-def check_size(width: int, height: int):
-    """Raise UserError, before there is memory for it, if a frame is larger than any video's."""
-    if width * height > LARGEST:
-        raise UserError(f"frames of {width} x {height} pixels: too large")
-
-
-def frames_by_av(path: Path) -> Iterator[tuple[float, Picture]]:
-    """Likewise for what ffmpeg reads."""
-    av = require("av", "video")
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise UserError("there is no video in it")
-        if container.format.name == "tty":  # ffmpeg draws text files
-            raise UserError("it is text, not a video")
-        stream, first, start, before = container.streams.video[0], None, 0.0, None
-        check_size(stream.width, stream.height)
-        usual = 1 / float(stream.average_rate or 25)  # seconds a frame
-        for frame in container.decode(stream):
-            if first is None:
-                first = start = frame.time or 0.0
-            else:
-                in_order = frame.time is not None and frame.time > start
-                start = frame.time if in_order else start + usual  # raw streams have no times
-                yield start - first, partial(upright, before)
-            before = frame
-        if before is not None:
-            length = float(before.duration * stream.time_base) or usual
-            yield start - first + length, partial(upright, before)
-
-
-def upright(frame) -> Image.Image:
-    """Return a frame of PyAV, turned (counter-clockwise) as the video's metadata asks."""
-    return frame.to_image().rotate(frame.rotation, expand=True)
-
-
-def frames_by_name(folder: Path, fps: float) -> Iterator[tuple[float, Picture]]:
-    """Likewise for a folder of images, in the order of their names, at a constant rate."""
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.is_file())
-    for k, image in enumerate(images, 1):
-        yield k / fps, lambda path=image: ImageOps.exif_transpose(open_image(path))
-
-
-def without_long_stills(
-    frames: Iterable[tuple[float, Picture]],
-) -> Iterator[tuple[float, Picture]]:
-    """Cut what is on screen for longer than STILL to it.
-
-    Nothing happens in what is left out, and however long a file says that a frame stays, its clips
-    are few.
-    """
-    before = left_out = 0.0
-    for until, picture in frames:
-        left_out += max(0.0, until - before - STILL)
-        before = until
-        yield until - left_out, picture
-
-
-def frames_at(path: Path, times: Iterable[float], fps: float) -> Iterator[tuple[Image.Image, bool]]:
-    """Yield the picture on screen at each of the ascending times, in one pass over a video.
-
-    After the end the last one is held, and the bool, True until then, is False. fps is for a folder
-    of images, which has no times of its own. UserError if the video cannot be read.
-    """
-    try:
-        if path.is_dir():
-            frames = frames_by_name(path, fps)
-        elif path.exists() and not path.is_file():  # a pipe would be waited for
-            raise UserError("neither a file nor a folder")
-        else:
-            frames = (frames_by_pillow if path.suffix.lower() in PILLOW else frames_by_av)(path)
-        times, picture = iter(times), None
-        time = next(times)
-        with closing(frames):
-            for until, picture in without_long_stills(frames):
-                image = None
-                while time < until - TOLERANCE:
-                    image = image or picture()
-                    yield image, True
-                    if (time := next(times, None)) is None:
-                        return
-        if picture is None:
-            raise UserError("there are no frames in it")
-        image = picture()
-        for _ in chain([time], times):
-            yield image, False
-    except Exception as error:  # whatever a decoder makes of a broken file
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        reason = (reason or type(error).__name__) if os.path.exists(path) else "no such file"
-        raise UserError(f"{path}: {reason}") from None
-
-
-def fit(image: Image.Image, height: int, width: int) -> Tensor:
-    """Cut the middle of an image to the target's aspect and resize it: (3, H, W) uint8."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    scale = min(image.width / width, image.height / height)
-    left = max(0.0, (image.width - scale * width) / 2)
-    top = max(0.0, (image.height - scale * height) / 2)
-    box = (left, top, image.width - left, image.height - top)
-    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, box)
-    return torch.from_numpy(rearrange(np.array(image), "h w c -> c h w"))
-
-
-def read_video(path: Path, times: Sequence[float], height: int, width: int, fps=8.0) -> Tensor:
-    """Return the frames on screen at ascending times, (3, len(times), H, W) uint8 (`frames_at`)."""
-    return torch.stack([fit(x, height, width) for x, _ in frames_at(Path(path), times, fps)], 1)
 
 
 def cut(path: Path, config: DataConfig) -> Iterator[tuple[Tensor, Tensor]]:
@@ -324,103 +233,5 @@ class Folder:
         return self._kept[file, caption]
 
 
-# --- looking at clips ---------------------------------------------------------------------------
-
-
-def shown_frames(frames: int) -> list[int]:
-    """Return which frames of a video a sheet shows: up to 8, the first and the last with them."""
-    return np.linspace(0, frames - 1, min(frames, 8)).round().astype(int).tolist()
-
-
-def contact_sheet(videos: Tensor, labels: Sequence[str], path: Path | None = None) -> Image.Image:
-    """Draw one row for each clip, up to 8 of its frames under its label; write it as PNG to path.
-
-    videos: (B, 3, F, H, W) uint8
-    """
-    B, _, F, H, W = videos.shape
-    scale, gap, line = max(1, round(128 / max(H, W))), 4, 18  # pixels
-    H, W = H * scale, W * scale
-    numbers = shown_frames(F)
-    width = max(480, len(numbers) * (W + gap) + gap)
-    font = ImageFont.load_default(14)
-    columns = int((width - 2 * gap) / font.getlength("W"))
-    texts = [textwrap.wrap(x[:5000], columns, max_lines=20, placeholder=" ...") for x in labels]
-    height = sum(len(text) * line + H + 2 * gap for text in texts)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, y = ImageDraw.Draw(sheet), 0
-    for video, text in zip(videos, texts, strict=True):
-        for row in text:
-            draw.text((gap, y), row, "black", font)
-            y += line
-        for column, frame in enumerate(rearrange(video[:, numbers], "c f h w -> f h w c")):
-            picture = Image.fromarray(frame.numpy()).resize((W, H), Image.Resampling.NEAREST)
-            sheet.paste(picture, (gap + column * (W + gap), y))
-        y += H + 2 * gap
-    if path is not None:
-        buffer = BytesIO()
-        sheet.save(buffer, "png")
-        write_file(path, buffer.getvalue())
-    return sheet
-
-
-def preview(args: argparse.Namespace):
-    """Draw a sheet of the first clips of a folder, or of the synthetic world."""
-    for name, value, most in (("--count", args.count, 1000), ("--size", args.size, 1024)):
-        if not 1 <= value <= most:
-            raise UserError(f"{name} {value}: at least 1, at most {most}")
-    if args.out.suffix != ".png":
-        raise UserError(f"--out {args.out}: a sheet is a .png")
-    check_target(args.out)
-    config = DataConfig(height=args.size, width=args.size)
-    dataset = Folder(args.data, config) if args.data else World(config, "train")
-    clips = dataset.batch(range(min(args.count, len(dataset))))
-    contact_sheet(clips.video, clips.captions, args.out)
-    print(f"{args.out}: {len(clips.captions)} of {len(dataset)} clips")
-
-
-def precompute(args: argparse.Namespace):
-    """Encode a folder of videos into a cache; under torchrun, each process takes its share."""
-    import cache  # these know this file, and this command alone needs them
-    from config import override, preset
-    from run import Run, check_weights_named, parts_from_flags
-
-    check_target(args.out, folder=True)
-    base = Run.open(args.parts).config if args.parts else preset(args.preset)
-    config = override(base, args.settings, **parts_from_flags(args))
-    check_weights_named(config)
-    run = Run(args.parts or args.out, config)
-    if not args.parts and not (run.released("vae") and run.released("encoder")):
-        raise UserError(f"preset {args.preset} trains parts of its own: name a run that has them")
-    if run.device.type == "cuda":
-        run.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    rank, processes = (int(os.environ.get(x, d)) for x, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    cache.precompute(args.folder, args.out, run, args.dtype, rank, processes)
-
-
-def main():
-    from run import add_part_flags
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("preview", help="draw a sheet of clips with captions")
-    one.add_argument("--data", type=Path, help="folder of videos; without: the synthetic world")
-    one.add_argument("--out", type=Path, default=Path("preview.png"))
-    one.add_argument("--count", type=int, default=8, help="clips")
-    one.add_argument("--size", type=int, default=32, help="height and width of a clip, pixels")
-    one.set_defaults(run_command=preview)
-    two = commands.add_parser("precompute", help="encode a folder of videos into a feature cache")
-    two.add_argument("folder", type=Path, help="folder of videos with captions")
-    two.add_argument("--out", type=Path, required=True, help="folder of the cache")
-    # Not --run, which torchrun would take for one of its own.
-    two.add_argument("--parts", type=Path, help="a run, whose parts and sizes are taken")
-    two.add_argument("--preset", default="paper", help="where no run is named")
-    two.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="stored")
-    two.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
-    add_part_flags(two)
-    two.set_defaults(run_command=precompute)
-    args = parser.parse_args()
-    command(lambda: args.run_command(args))
-
-
 if __name__ == "__main__":
-    main()
+    refuse("data.py has no commands; use prepare.py preview, or prepare.py precompute")

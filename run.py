@@ -14,46 +14,36 @@ runs what a file contains.
 """
 
 import argparse
-import contextlib
 import io
 import json
-import math
-import platform
-import shutil
-import subprocess
-import time
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from config import STAGES, Config, build, check_values, field_types, flat_fields
-from files import (
-    UserError,
-    check_target,
-    command,
-    digest,
-    read_json,
-    sweep,
-    write_file,
-)
+from config import STAGES, Config, check_values, from_fields
 from model import DiT
+from plumbing.device import default_device, faster_dtype
+from plumbing.fields import field_types, flat_fields
+from plumbing.files import UserError, check_target, command, read_json, sweep, write_file
+from plumbing.folder import versions
+from plumbing.weights import digest
 from semantic import (
     ENCODERS,
     Compressor,
     PretrainedEncoderConfig,
     SemanticEncoder,
-    TinyEncoder,
     describe_encoder,
 )
-from text import UMT5, HashText, TextEncoder, UMT5Config, describe_text
-from vae import TinyVAE, VideoVAE, WanVAE, WanVAEConfig, describe_vae
+from text import UMT5, TextEncoder, UMT5Config, describe_text
+from toy.encoder import TinyEncoder
+from toy.text import HashText
+from toy.vae import TinyVAE
+from vae import VideoVAE, WanVAE, WanVAEConfig, describe_vae
 
 FORMAT = 1  # of the run folder; raised when older folders can no longer be read
 NEEDS = {  # the stages whose weights a stage is trained on, in the order of training
@@ -81,42 +71,6 @@ ASSETS = Path(__file__).parent / "assets" / "tiny"  # the shipped tiny weights, 
 
 
 # --- the machine --------------------------------------------------------------------------------
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@lru_cache
-def matmul_speed(device: torch.device, dtype: str) -> float:
-    """Return this device's floating-point operations per second in matrix products, measured."""
-    size = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a = a @ a / size**0.5
-        float(a[0, 0])  # waits for the device
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
-
-
-def faster_dtype(device: torch.device) -> str:
-    """Return "bfloat16" where its matrix products are clearly faster than float32's, measured."""
-    speeds = (matmul_speed(device, dtype) for dtype in ("float32", "bfloat16"))
-    slow, fast = speeds
-    return "bfloat16" if fast > 1.3 * slow else "float32"
-
-
-@contextlib.contextmanager
-def computing(device: torch.device, dtype: str):
-    """Run matrix products in dtype ("bfloat16" or "float32") and pick the kernels that suit."""
-    with contextlib.ExitStack() as stack:
-        if dtype == "bfloat16":
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-        if device.type == "cpu":  # torch's fused attention is slow here on short sequences
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
 
 
 # --- released parts -----------------------------------------------------------------------------
@@ -153,22 +107,6 @@ def check_weights_named(config: Config):
 # --- the folder ---------------------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
-    """Return what a reader needs to repeat a run: versions of the libraries and our commit."""
-    commit = ""
-    if shutil.which("git"):
-        command = ["git", "describe", "--always", "--dirty"]
-        here = Path(__file__).parent
-        found = subprocess.run(command, cwd=here, capture_output=True, text=True)
-        commit = found.stdout.strip()
-    return {
-        "commit": commit or "unknown",
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
-
-
 class Run:
     """A run folder and its parts, loaded when first asked for, frozen and in eval mode."""
 
@@ -199,7 +137,7 @@ class Run:
                     f"{path} was made with other settings ({', '.join(changed[:4])}): "
                     f"give another --out, or remove it"
                 )
-            run.config = build(Config, new)
+            run.config = from_fields(new)
         else:
             run = cls(path, config)
             if config.dtype == "auto":
@@ -224,14 +162,12 @@ class Run:
             raise UserError(f"{file} is not a run's configuration: no format and fields in it")
         if content["format"] != FORMAT:
             raise UserError(f"{file}: format {content['format']!r}, this version reads {FORMAT}")
-        if unknown := sorted(values.keys() - field_types(values).keys()):
-            raise UserError(f"{file}: made by another version; unknown fields: {unknown[:4]}")
         try:
+            if unknown := sorted(values.keys() - field_types(Config, values).keys()):
+                raise UserError(f"made by another version; unknown fields: {unknown[:4]}")
             check_values(values)
-            config = build(Config, values)
-        except KeyError as error:
-            raise UserError(f"{file} lacks the field {error}") from None
-        except ValueError as error:
+            config = from_fields(values)
+        except UserError as error:
             raise UserError(f"{file}: {error}") from None
         if config.dtype == "auto":
             config = replace(config, dtype=faster_dtype(default_device()))
@@ -405,78 +341,6 @@ class Run:
                 "--fresh starts over"
             )
         return state
-
-
-class Metrics:
-    """Averages of what each step logs, one JSON line at a time, and the loss curve."""
-
-    def __init__(self, run: Run, stage: str, step: int, pending: list[dict]):
-        """step: what training goes on from; pending: logs since the last line, added by others."""
-        self.path, self.stage, self.pending = run.path / "metrics.jsonl", stage, pending
-        self.board = run.board
-        text = self.path.read_text("utf-8", "replace") if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
-        lines = read_metrics(self.path, whole)
-        # Lines after the state that training goes on from will be written again.
-        kept = [x for x in lines if x["stage"] != stage or x["step"] <= step]
-        if kept != lines or whole != text:
-            write_file(self.path, "".join(json.dumps(x) + "\n" for x in kept).encode())
-
-    def write(self, step: int, now: dict, clock: dict) -> dict:
-        """Append the means of what is pending; now, clock: values of the moment, and timings."""
-        line = {"stage": self.stage, "step": step, **now}
-        line |= {name: float(f"{value:.4g}") for name, value in clock.items()}
-        for name in dict.fromkeys(name for x in self.pending for name in x):
-            values = [x[name] for x in self.pending if not math.isnan(x.get(name, math.nan))]
-            if values:  # empty bins of t are left out
-                mean = sum(values) / len(values)
-                line[name] = round(sum(values) if name == "skipped" else mean, 6)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.board:
-            for name, value in line.items():
-                if name not in ("stage", "step"):
-                    self.board.add_scalar(f"{self.stage}/{name}", value, step)
-        return line
-
-    def plot(self):
-        """Draw loss.png, a panel for each stage, if matplotlib is there."""
-        try:
-            import matplotlib
-        except ImportError:
-            print('no loss.png: pip install "semanticgen[plot]" for the curves')
-            return
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-
-        lines = read_metrics(self.path, self.path.read_text("utf-8", "replace"))
-        stages = [s for s in STAGES if any(x["stage"] == s for x in lines)]
-        figure, panels = pyplot.subplots(
-            1, len(stages), figsize=(4 * len(stages), 3), squeeze=False, layout="constrained"
-        )
-        for panel, stage in zip(panels[0], stages, strict=True):
-            mine = [x for x in lines if x["stage"] == stage]
-            panel.plot([x["step"] for x in mine], [x.get("loss", math.nan) for x in mine])
-            panel.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        pyplot.close(figure)
-        write_file(self.path.with_name("loss.png"), buffer.getvalue())
-
-
-def read_metrics(path: Path, text: str) -> list[dict]:
-    """Return the lines of a metrics.jsonl; UserError if one is not of ours."""
-    lines = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line:
-            continue
-        try:
-            lines.append(json.loads(line))
-            _ = lines[-1]["stage"] + "", lines[-1]["step"] + 0
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"{path}, line {number}: not a line of metrics: remove it") from None
-    return lines
 
 
 def export(source: Path, target: Path):

@@ -13,24 +13,20 @@ Every sample has its own noise, fixed by seed and prompt: it does not depend on 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from fractions import Fraction
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from config import check_number, clip_frames
-from data import contact_sheet, reference_clip, shown_frames
-from files import UserError, check_target, command, replacing, require, write_file
+from data import reference_clip, to_float, to_uint8
 from flow import euler, guidance_weights
+from plumbing.files import UserError, check_target, command, require
+from plumbing.seeds import piece_seed
+from plumbing.sheet import contact_sheet, shown_frames
+from plumbing.video import write_video
 from run import ASSETS, Run, add_part_flags, parts_from_flags
-from text import piece_seed
 from vae import VideoVAE
-from world import to_float, to_uint8
 
 PROMPTS = ("a red circle moves left and a blue square grows",)  # where the user names none
 SUFFIXES = (".gif", ".webp", ".png", ".mp4")
@@ -161,57 +157,6 @@ def prompt_seed(seed: int, prompt: str) -> int:
 
 
 # --- files --------------------------------------------------------------------------------------
-
-
-def enlarge(video: Tensor, least: int = 256) -> Tensor:
-    """Repeat the pixels of a small video (3, F, H, W) a whole number of times, to be seen."""
-    factor = max(1, least // video.shape[-2])
-    return video.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-
-
-def write_video(path: Path, pieces: Iterable[Tensor], fps: float):
-    """Write an animation; the suffix says which: .gif, .webp (lossless) or .mp4 (needs PyAV).
-
-    pieces: (3, f, H, W) uint8, one after the other; small ones are enlarged. An .mp4 is written as
-    they come, so that its length takes no memory; Pillow wants all pictures of the others at once.
-    """
-    pictures = (
-        np.ascontiguousarray(picture)
-        for piece in pieces
-        for picture in rearrange(enlarge(piece).cpu().numpy(), "c f h w -> f h w c")
-    )
-    if path.suffix == ".mp4":
-        write_mp4(path, pictures, fps)
-        return
-    images = [Image.fromarray(picture) for picture in pictures]
-    options = {"lossless": True} if path.suffix == ".webp" else {}
-    buffer = BytesIO()
-    images[0].save(
-        buffer,
-        path.suffix[1:],
-        save_all=True,
-        append_images=images[1:],
-        duration=1000 / fps if path.suffix == ".webp" else round(100 / fps) * 10,
-        loop=0,
-        **options,
-    )
-    write_file(path, buffer.getvalue())
-
-
-def write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float):
-    """Encode pictures (H, W, 3) uint8 as they come."""
-    av = require("av", "video")
-    stream = None
-    with replacing(path) as output, av.open(output, "w", format="mp4") as file:
-        for picture in pictures:
-            height, width = (side - side % 2 for side in picture.shape[:2])  # yuv420p
-            if stream is None:
-                stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-                stream.width, stream.height = width, height
-                stream.pix_fmt, stream.options = "yuv420p", {"crf": "12"}
-            picture = np.ascontiguousarray(picture[:height, :width])
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        file.mux(stream.encode())
 
 
 def written(out: Path, videos: int) -> list[Path]:

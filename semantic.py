@@ -11,25 +11,16 @@ predicts captions through `Captioner`), then freezes.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from files import (
-    UserError,
-    check_tensors,
-    digest,
-    loading,
-    read_settings,
-    require,
-    tensor_files,
-)
+from plumbing.files import UserError, require
+from plumbing.weights import check_tensors, digest, loading, read_settings, tensor_files
 
 
 class SemanticEncoder(Protocol):
@@ -55,147 +46,6 @@ def pair_grid(frames: int, height: int, width: int, patch: int) -> tuple[int, in
 
 
 # --- an encoder to train from scratch -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TinyEncoderConfig:
-    """Sizes of TinyEncoder and of the captioner that trains it."""
-
-    dim: int = 128  # d
-    blocks: int = 4
-    heads: int = 4
-    rate: float = 1.0  # pairs of frames per second: half the semantic frame rate
-    span: int | None = None  # pairs that it reads together, longer videos in stretches; None = all
-    caption_blocks: int = 2
-    caption_words: int = 16  # longer captions are cut
-
-    def __post_init__(self):
-        if self.dim < 4 or self.dim % 4 or self.heads < 1 or self.dim % self.heads:
-            raise ValueError(f"dim {self.dim}: must divide by 4 and by the {self.heads} heads")
-
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (S, hs, ws); ValueError names the multiples that fit."""
-        return pair_grid(frames, height, width, patch=8)  # three halvings
-
-
-class TinyEncoder(nn.Module):
-    """Three stride-2 convolutions over pairs of frames, then a transformer over all tokens."""
-
-    def __init__(self, config: TinyEncoderConfig):
-        super().__init__()
-        self.config = config
-        self.dim = dim = config.dim
-        self.stem = nn.Sequential(
-            nn.Conv2d(6, dim // 4, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(dim // 4, dim // 2, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
-        )
-        self.register_buffer("waves", torch.logspace(-2, 2, 8, base=2), persistent=False)
-        self.positions = nn.Linear(3 * 2 * len(self.waves), dim)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                dim, config.heads, 4 * dim, 0.0, F.gelu, batch_first=True, norm_first=True
-            )
-            for _ in range(config.blocks)
-        )
-        self.norm = nn.LayerNorm(dim)
-
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (S, hs, ws); ValueError names the multiples that fit."""
-        return self.config.grid(frames, height, width)
-
-    def forward(self, video: Tensor) -> Tensor:
-        """Return features with gradient: (B, 3, F, H, W) in [-1, 1] -> (B, d, S, hs, ws)."""
-        frames = 2 * self.config.span if self.config.span else video.shape[2]
-        return torch.cat([self._read(stretch) for stretch in video.split(frames, 2)], 2)
-
-    def _read(self, video: Tensor) -> Tensor:
-        """Do the same for a stretch of video, whose time starts at 0."""
-        pairs, height, width = self.grid(*video.shape[2:])
-        x = self.stem(rearrange(video, "b c (s two) h w -> (b s) (two c) h w", two=2))
-        x = rearrange(x, "(b s) d h w -> b (s h w) d", s=pairs)
-        x = x + self.positions(self._waves(pairs, height, width)).to(x)
-        for block in self.blocks:
-            x = block(x)
-        return rearrange(self.norm(x), "b (s h w) d -> b d s h w", s=pairs, h=height, w=width)
-
-    def _waves(self, pairs: int, height: int, width: int) -> Tensor:
-        """Fourier features of each token's (seconds, y, x), (S hs ws, 3 * 2 * waves)."""
-        axes = (
-            torch.arange(pairs, device=self.waves.device) / self.config.rate,
-            (torch.arange(height, device=self.waves.device) + 0.5) / height,
-            (torch.arange(width, device=self.waves.device) + 0.5) / width,
-        )
-        coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3, 1)
-        angles = 2 * torch.pi * coords * self.waves  # (S hs ws, 3, waves)
-        return torch.cat([angles.cos(), angles.sin()], -1).flatten(1)
-
-    @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
-        """Return the frozen features: (B, 3, F, H, W) in [-1, 1] -> (B, d, S, hs, ws) float32."""
-        return self(video).float()
-
-
-class Captioner(nn.Module):
-    """A causal transformer that predicts a caption word by word from the features.
-
-    Only there to train the encoder by language alignment, as Qwen2.5-VL's tower was; then dropped.
-    """
-
-    end = 0  # token id of "caption ends"; also what the first word is predicted from
-    unknown = 1  # token id of words outside the vocabulary
-
-    def __init__(self, config: TinyEncoderConfig, vocabulary: Sequence[str]):
-        super().__init__()
-        dim, self.words = config.dim, config.caption_words
-        self.vocabulary = {word: i + 2 for i, word in enumerate(vocabulary)}
-        self.embedding = nn.Embedding(len(vocabulary) + 2, dim)
-        self.places = nn.Parameter(torch.randn(self.words + 1, dim) * 0.02)
-        self.blocks = nn.ModuleList(
-            nn.TransformerDecoderLayer(
-                dim, config.heads, 4 * dim, 0.0, F.gelu, batch_first=True, norm_first=True
-            )
-            for _ in range(config.caption_blocks)
-        )
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, len(vocabulary) + 2)
-
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Return token ids (B, words + 1): words, then `end` to fill up."""
-        ids = torch.full((len(captions), self.words + 1), self.end)
-        for row, caption in zip(ids, captions, strict=True):
-            words = caption.lower().split()[: self.words]
-            row[: len(words)] = torch.tensor([self.vocabulary.get(w, self.unknown) for w in words])
-        return ids
-
-    def forward(self, features: Tensor, ids: Tensor) -> Tensor:
-        """Return logits (B, M, words) of each next token after ids (B, M) that begin with `end`."""
-        memory = rearrange(features, "b d s h w -> b (s h w) d")
-        x = self.embedding(ids) + self.places[: ids.shape[1]]
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=x.device)
-        for block in self.blocks:
-            x = block(x, memory, tgt_mask=mask.to(memory), tgt_is_causal=True)
-        return self.head(self.norm(x))
-
-    @classmethod
-    def lengths(cls, ids: Tensor) -> Tensor:
-        """Return how many ids of each caption (B, words + 1) are predicted: up to the first end."""
-        return (ids != cls.end).sum(1) + 1  # (B,)
-
-    def loss(self, features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return next-word cross-entropy, summed over a caption, and whether it is right in full.
-
-        features: (B, d, S, hs, ws); ids: (B, words + 1) of `tokenize`. Returns (B,), (B,) 0 or 1.
-        """
-        lengths = self.lengths(ids)
-        ids = ids[:, : int(lengths.max())]  # (B, M)
-        logits = self(features, F.pad(ids[:, :-1], (1, 0), value=self.end)).float()
-        counted = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, M)
-        loss = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
-        right = (logits.argmax(-1) == ids) | ~counted
-        return (loss * counted).sum(1), right.all(1).float()
 
 
 # --- released encoders --------------------------------------------------------------------------

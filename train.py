@@ -30,25 +30,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sample
-from cache import Cache, Memory, precompute
 from config import PRESETS, STAGES, Config, StageConfig, override, preset
-from data import Folder, contact_sheet
-from files import UserError, check_target, command, require
-from losses import stage_loss
-from parallel import Team, get_state, local, set_state, shared_like, whole
-from run import (
-    FLAGS,
-    Metrics,
-    Run,
-    add_part_flags,
-    check_weights_named,
-    computing,
-    matmul_speed,
-    parts_from_flags,
-)
+from data import Folder, to_float, to_uint8
+from plumbing.cache import Cache, Memory, precompute
+from plumbing.device import computing, matmul_speed
+from plumbing.files import UserError, check_target, command, require
+from plumbing.metrics import Metrics
+from plumbing.processes import Team, get_state, local, set_state, shared_like, whole
+from plumbing.seeds import piece_seed
+from plumbing.sheet import contact_sheet
+from run import FLAGS, Run, add_part_flags, check_weights_named, parts_from_flags
+from stages import stage_loss
 from swin import fitting_window
-from text import piece_seed
-from world import World, to_float, to_uint8
+from toy.world import World
 
 LOG_EVERY = 20  # steps per line of metrics.jsonl
 SAVE_EVERY = 200  # steps per training state

@@ -8,26 +8,15 @@ scale is.
 Layouts: video (B, 3, F, H, W) float in [-1, 1]; latents (B, C, T, h, w).
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from files import (
-    UserError,
-    check_tensors,
-    digest,
-    loading,
-    locate,
-    read_settings,
-    require,
-    tensor_files,
-)
+from plumbing.files import UserError, require
+from plumbing.weights import check_tensors, digest, loading, locate, read_settings, tensor_files
 
 
 class VideoVAE(Protocol):
@@ -49,149 +38,6 @@ class VideoVAE(Protocol):
 
     def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the same video piece by piece, so that not all of it is in memory."""
-
-
-@dataclass(frozen=True)
-class TinyVAEConfig:
-    """Sizes of TinyVAE and its loss."""
-
-    channels: int = 8  # C: fewer are easier to paint (chosen by what the painter then reaches)
-    width: int = 96
-    blocks: int = 2  # residual blocks on each side
-    time_patch: int = 4  # pixels frames per latent frame
-    space_patch: int = 4  # pixels per latent position, each way
-    kl_weight: float = 1e-3  # per latent element, against the mean of L1 + L2 per pixel
-    span: int | None = None  # latent frames coded together, longer videos in stretches; None = all
-
-    @property
-    def first(self) -> int:
-        """Frames at the start that are a latent frame by themselves."""
-        return 0
-
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (T, h, w); ValueError names the multiples that fit."""
-        time, space = self.time_patch, self.space_patch
-        if frames % time or height % space or width % space or not frames:
-            raise ValueError(
-                f"video of {frames} frames, {height} x {width}: the VAE needs multiples of "
-                f"{time} frames and {space} pixels"
-            )
-        return frames // time, height // space, width // space
-
-
-class MatrixConv3d(nn.Module):
-    """A 3 x 3 x 3 convolution whose weight is kept as a matrix (width, width * 27).
-
-    Muon orthogonalises matrices: with it this VAE needs less than half the steps (our choice).
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(width, width * 27)))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        kernel = self.weight.unflatten(1, (-1, 3, 3, 3))  # (width, width, 3, 3, 3)
-        return F.conv3d(x, kernel, self.bias, padding=1)
-
-
-class ResBlock(nn.Module):
-    """x + conv(silu(conv(silu(norm(x))))), (B, width, T, h, w)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.first = MatrixConv3d(width)
-        self.second = MatrixConv3d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
-
-
-class TinyVAE(nn.Module):
-    """Patches of pixels, residual 3D convolutions on the latent grid, patches of pixels."""
-
-    def __init__(self, config: TinyVAEConfig):
-        super().__init__()
-        self.config = config
-        self.channels = config.channels
-        pixels = 3 * config.time_patch * config.space_patch**2
-        width = config.width
-
-        def tower(before: int, after: int) -> nn.Sequential:
-            blocks = nn.Sequential(*(ResBlock(width) for _ in range(config.blocks)))
-            ends = nn.Conv3d(before, width, 1), nn.Conv3d(width, after, 1)
-            return nn.Sequential(OrderedDict(first=ends[0], blocks=blocks, last=ends[1]))
-
-        self.encoder = tower(pixels, 2 * config.channels)
-        self.decoder = tower(config.channels, pixels)
-        self.register_buffer("mean", torch.zeros(config.channels, 1, 1, 1))
-        self.register_buffer("std", torch.ones(config.channels, 1, 1, 1))
-
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (T, h, w); ValueError names the multiples that fit."""
-        return self.config.grid(frames, height, width)
-
-    def raw_posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log-variance (B, C, T, h, w) of the raw latents, before normalisation."""
-        self.grid(*video.shape[2:])
-        time, space = self.config.time_patch, self.config.space_patch
-        patches = rearrange(
-            video, "b c (t r) (h p) (w q) -> b (c r p q) t h w", r=time, p=space, q=space
-        )
-        coded = torch.cat([self.encoder(x) for x in self._stretches(patches)], 2)
-        mean, log_variance = coded.chunk(2, 1)
-        return mean, log_variance.clamp(-20, 10)
-
-    def _stretches(self, x: Tensor) -> Sequence[Tensor]:
-        """Cut (B, c, T, h, w) into what is coded together."""
-        return x.split(self.config.span or x.shape[2], 2)
-
-    def reconstruct(self, raw: Tensor) -> Tensor:
-        """Decode raw latents (B, C, T, h, w) -> video (B, 3, F, H, W), not clamped."""
-        time, space = self.config.time_patch, self.config.space_patch
-        return rearrange(
-            torch.cat([self.decoder(x) for x in self._stretches(raw)], 2),
-            "b (c r p q) t h w -> b c (t r) (h p) (w q)",
-            r=time,
-            p=space,
-            q=space,
-        )
-
-    def loss(self, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return L1 + L2 + KL loss and what to log. noise: (B, C, T, h, w), N(0, 1)."""
-        mean, log_variance = (x.float() for x in self.raw_posterior(video))
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        error = self.reconstruct(mean + noise * (0.5 * log_variance).exp()).float() - video
-        l2 = error.square().mean()
-        loss = error.abs().mean() + l2 + self.config.kl_weight * kl
-        return loss, {"psnr": 10 * torch.log10(4 / l2.detach()), "kl": kl.detach()}
-
-    @torch.no_grad()
-    def set_statistics(self, video: Tensor):
-        """Measure each channel's mean and deviation on clips (B, 3, F, H, W), for `encode`."""
-        mean = self.raw_posterior(video)[0].float().transpose(0, 1).flatten(1)  # (C, B T h w)
-        self.mean.copy_(mean.mean(1).view_as(self.mean))
-        self.std.copy_(mean.std(1).view_as(self.std))
-
-    @torch.no_grad()
-    def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log-variance of normalised latents, (B, C, T, h, w) float32."""
-        mean, log_variance = (x.float() for x in self.raw_posterior(video))
-        return (mean - self.mean) / self.std, log_variance - 2 * self.std.log()
-
-    def encode(self, video: Tensor) -> Tensor:
-        """Return normalised latents: (B, 3, F, H, W) in [-1, 1] -> (B, C, T, h, w) float32."""
-        return self.posterior(video)[0]
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return video in [-1, 1]: (B, C, T, h, w) -> (B, 3, F, H, W) float32."""
-        return self.reconstruct(latents * self.std + self.mean).float().clamp(-1, 1)
-
-    def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the same video, one stretch after the other."""
-        yield from map(self.decode, self._stretches(latents))
 
 
 # --- a released VAE -----------------------------------------------------------------------------

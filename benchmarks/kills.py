@@ -26,7 +26,7 @@ import torch
 
 from config import STAGES, Config, override, tiny
 from run import NEEDS, Run
-from world import World
+from toy.world import World
 
 CLOCK = ("seconds", "clips_s", "tokens_s", "mfu")
 SETTINGS = [f"stages.{s}.{f}" for s in STAGES for f in ("steps=24", "batch=4", "clips=16")]

@@ -30,13 +30,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from config import clip_frames, paper, shapes, tiny, tiny_long
-from files import UserError, command, write_file
 from flow import flow_loss
 from model import DiT
-from run import default_device
-from sample import decode_pieces, write_video
+from plumbing.device import default_device
+from plumbing.files import UserError, command, write_file
+from plumbing.video import write_video
+from sample import decode_pieces
 from swin import Stream, fitting_window, windows
-from vae import TinyVAE
+from toy.vae import TinyVAE
 
 WINDOW = 4.0  # seconds, of the tiny painter
 # glibc hands large blocks back to the kernel at once, which has to clear their pages again for the

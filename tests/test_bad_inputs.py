@@ -31,22 +31,25 @@ from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 from test_run import MICRO, Payload, call, micro, random_run
 
-import cache
 import config
-import data
 import evaluate
+import plumbing.cache as cache
+import prepare
 import run
 import sample
 import train
-from cache import Cache
-from config import STAGES, field_types, flat_fields
-from data import Folder, cut
-from files import UserError, one_line
+from config import STAGES, Config
+from data import DataConfig, Folder, cut
+from plumbing.cache import Cache
+from plumbing.fields import field_types, flat_fields
+from plumbing.files import UserError, one_line
+from plumbing.metrics import Metrics
+from plumbing.sheet import contact_sheet
+from plumbing.video import read_video
 from run import Run
-from text import HashText, HashTextConfig
-from world import DataConfig
+from toy.text import HashText, HashTextConfig
 
-MAINS = {module.__name__: module.main for module in (config, data, evaluate, run, sample, train)}
+MAINS = {module.__name__: module.main for module in (config, evaluate, prepare, run, sample, train)}
 MINI = ["--tiny", "--set", *MICRO]
 CONFIG = DataConfig()
 
@@ -385,31 +388,35 @@ COMMANDS = [  # command, arguments, words of the message
     ("evaluate", ["--json", "text.txt/x.json"], ["text.txt is a file"]),
     ("evaluate", ["--run", "nowhere"], ["nowhere is no run"]),
     ("evaluate", ["--run", "text.txt"], ["text.txt is no run"]),
-    # data.py
-    ("data", ["preview", "--count", "0"], ["--count 0", "at least 1"]),
-    ("data", ["preview", "--count", "-1"], ["--count -1", "at least 1"]),
-    ("data", ["preview", "--count", str(10**12)], ["--count", "at most"]),
-    ("data", ["preview", "--size", "0"], ["--size 0", "at least 1"]),
-    ("data", ["preview", "--size", str(10**9)], ["--size", "at most"]),
-    ("data", ["preview", "--out", "empty"], ["empty", ".png"]),
-    ("data", ["preview", "--out", "x.jpg"], ["x.jpg", ".png"]),
-    ("data", ["preview", "--out", "a.png"], ["a.png is a folder"]),
-    ("data", ["preview", "--out", "text.txt/x.png"], ["text.txt is a file"]),
-    ("data", ["preview", "--data", "nowhere"], ["nowhere", "no such folder"]),
-    ("data", ["preview", "--data", "clip.webp"], ["clip.webp", "no such folder"]),
-    ("data", ["preview", "--data", "empty"], ["empty", "neither captions.jsonl"]),
-    ("data", ["preview", "--data", "cache"], ["cache", "neither captions.jsonl"]),
-    ("data", ["precompute", "videos", "--out", "new"], ["--qwen"]),
-    ("data", ["precompute", "videos", "--out", "new", "--preset", "x"], ["choose tiny"]),
-    ("data", ["precompute", "videos", "--out", "new", "--preset", "tiny"], ["name a run"]),
-    ("data", ["precompute", "nowhere", "--out", "new", "--parts", "run"], ["no such folder"]),
-    ("data", ["precompute", "empty", "--out", "new", "--parts", "run"], ["neither captions"]),
-    ("data", ["precompute", "videos", "--out", "new", "--parts", "nowhere"], ["is no run"]),
-    ("data", ["precompute", "videos", "--out", "text.txt", "--parts", "run"], ["is a file"]),
-    ("data", ["precompute", "videos", "--out", "text.txt/x", "--parts", "run"], ["is a file"]),
-    ("data", ["precompute", "videos", "--out", "cache", "--parts", "run"], ["is stale", "stored"]),
+    # prepare.py
+    ("prepare", ["preview", "--count", "0"], ["--count 0", "at least 1"]),
+    ("prepare", ["preview", "--count", "-1"], ["--count -1", "at least 1"]),
+    ("prepare", ["preview", "--count", str(10**12)], ["--count", "at most"]),
+    ("prepare", ["preview", "--size", "0"], ["--size 0", "at least 1"]),
+    ("prepare", ["preview", "--size", str(10**9)], ["--size", "at most"]),
+    ("prepare", ["preview", "--out", "empty"], ["empty", ".png"]),
+    ("prepare", ["preview", "--out", "x.jpg"], ["x.jpg", ".png"]),
+    ("prepare", ["preview", "--out", "a.png"], ["a.png is a folder"]),
+    ("prepare", ["preview", "--out", "text.txt/x.png"], ["text.txt is a file"]),
+    ("prepare", ["preview", "--data", "nowhere"], ["nowhere", "no such folder"]),
+    ("prepare", ["preview", "--data", "clip.webp"], ["clip.webp", "no such folder"]),
+    ("prepare", ["preview", "--data", "empty"], ["empty", "neither captions.jsonl"]),
+    ("prepare", ["preview", "--data", "cache"], ["cache", "neither captions.jsonl"]),
+    ("prepare", ["precompute", "videos", "--out", "new"], ["--qwen"]),
+    ("prepare", ["precompute", "videos", "--out", "new", "--preset", "x"], ["choose tiny"]),
+    ("prepare", ["precompute", "videos", "--out", "new", "--preset", "tiny"], ["name a run"]),
+    ("prepare", ["precompute", "nowhere", "--out", "new", "--parts", "run"], ["no such folder"]),
+    ("prepare", ["precompute", "empty", "--out", "new", "--parts", "run"], ["neither captions"]),
+    ("prepare", ["precompute", "videos", "--out", "new", "--parts", "nowhere"], ["is no run"]),
+    ("prepare", ["precompute", "videos", "--out", "text.txt", "--parts", "run"], ["is a file"]),
+    ("prepare", ["precompute", "videos", "--out", "text.txt/x", "--parts", "run"], ["is a file"]),
     (
-        "data",
+        "prepare",
+        ["precompute", "videos", "--out", "cache", "--parts", "run"],
+        ["is stale", "stored"],
+    ),
+    (
+        "prepare",
         ["precompute", "videos", "--out", "new", "--parts", "run", "--set", "data.fps=nan"],
         ["data.fps=nan"],
     ),
@@ -461,11 +468,11 @@ USAGE = [
     ("sample", ["--steps", "nan"]),
     ("evaluate", ["--prompts", "some"]),
     ("evaluate", ["a prompt"]),
-    ("data", []),
-    ("data", ["look"]),
-    ("data", ["precompute", "videos"]),
-    ("data", ["precompute", "videos", "--out", "new", "--dtype", "int8"]),
-    ("data", ["preview", "--count", "x"]),
+    ("prepare", []),
+    ("prepare", ["look"]),
+    ("prepare", ["precompute", "videos"]),
+    ("prepare", ["precompute", "videos", "--out", "new", "--dtype", "int8"]),
+    ("prepare", ["preview", "--count", "x"]),
     ("run", []),
     ("run", ["import", "run", "new"]),
     ("run", ["export", "run"]),
@@ -487,7 +494,7 @@ def test_argparse_shows_how_a_command_is_used(desk, capsys, untrained, name, arg
     [
         ("train", [*TRAIN[:3], "closed/new", *MINI]),
         ("sample", ["--run", "run", "--out", "closed/x.webp"]),
-        ("data", ["preview", "--out", "closed/x.png"]),
+        ("prepare", ["preview", "--out", "closed/x.png"]),
         ("run", ["export", "run", "closed/new"]),
     ],
 )
@@ -502,8 +509,8 @@ WRITERS = [
     ("train", [*TRAIN, *MINI]),
     ("sample", ["x", "--run", "run", "--out", "new/x.webp"]),
     ("sample", ["x", "y", "--run", "run", "--out", "x.gif"]),
-    ("data", ["preview", "--out", "new/deep/x.png"]),
-    ("data", ["precompute", "videos", "--parts", "run", "--out", "new"]),
+    ("prepare", ["preview", "--out", "new/deep/x.png"]),
+    ("prepare", ["precompute", "videos", "--parts", "run", "--out", "new"]),
     ("run", ["export", "run", "new"]),
 ]
 
@@ -582,7 +589,7 @@ def test_any_string_is_a_prompt(desk, prompt):
 def test_any_string_has_tokens(prompt):
     tokens = HashText(HashTextConfig()).encode([prompt])
     assert tokens.isfinite().all() and tokens.any() == bool(prompt.split())
-    data.contact_sheet(torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8), [prompt])
+    contact_sheet(torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8), [prompt])
 
 
 # --- captions -----------------------------------------------------------------------------------
@@ -655,28 +662,28 @@ ODD_CAPTIONS = {  # content that works, how many clips
 def test_captions_that_cannot_be(desk, capsys, untrained, content, words):
     Path("videos/captions.jsonl").write_bytes(content)
     Path("videos/empty").mkdir()
-    refused(capsys, data.main, "preview", "--data", "videos", "--out", "x.png", words=words)
+    refused(capsys, prepare.main, "preview", "--data", "videos", "--out", "x.png", words=words)
     refused(capsys, train.main, *TRAIN, *MINI, "--data", "videos", words=words)
 
 
 @pytest.mark.parametrize("content, clips", ODD_CAPTIONS.values(), ids=ODD_CAPTIONS)
 def test_captions_that_are_only_odd(desk, capsys, content, clips):
     Path("videos/captions.jsonl").write_bytes(content)
-    assert call(data.main, "preview", "--data", "videos", "--out", "x.png") == 0
+    assert call(prepare.main, "preview", "--data", "videos", "--out", "x.png") == 0
     said = capsys.readouterr()
     assert f"{clips} of {clips} clips" in said.out and not said.err
     arguments = ["precompute", "videos", "--parts", "run", "--out", "new", "--dtype", "float32"]
-    assert call(data.main, *arguments) == 0
+    assert call(prepare.main, *arguments) == 0
     assert len(Cache(Path("new"))) == clips * 2  # of one second, not of two
 
 
 def test_captions_that_are_no_file(desk, capsys):
     Path("videos/captions.jsonl").unlink()
     Path("videos/captions.jsonl").mkdir()
-    refused(capsys, data.main, "preview", "--data", "videos", words=["captions.jsonl", "no"])
+    refused(capsys, prepare.main, "preview", "--data", "videos", words=["captions.jsonl", "no"])
     Path("videos/captions.jsonl").rmdir()
     os.mkfifo("videos/captions.jsonl")
-    refused(capsys, data.main, "preview", "--data", "videos", words=["captions.jsonl", "no"])
+    refused(capsys, prepare.main, "preview", "--data", "videos", words=["captions.jsonl", "no"])
 
 
 # --- videos -------------------------------------------------------------------------------------
@@ -810,11 +817,11 @@ def test_a_broken_video(desk, capsys, untrained, name, write, words):
     write(Path("videos") / name)
     Path("videos/captions.jsonl").write_text(entry(name))
     arguments = ["preview", "--data", "videos", "--out"]
-    refused(capsys, data.main, *arguments, "x.png", words=["no video can be used", *words])
+    refused(capsys, prepare.main, *arguments, "x.png", words=["no video can be used", *words])
     refused(capsys, train.main, *TRAIN, *MINI, "--data", "videos", words=words)
     refused(capsys, sample.main, "--run", "run", "--reference", f"videos/{name}", words=words)
     Path("videos/captions.jsonl").write_text(f"{entry(name)}\n{GOOD}\n")
-    assert call(data.main, *arguments, "x.png") == 0
+    assert call(prepare.main, *arguments, "x.png") == 0
     said = capsys.readouterr()
     assert f"skipped videos/{name}: " in said.out and "skipped 1 of 2" in said.out and not said.err
 
@@ -824,24 +831,24 @@ def test_a_video_that_is_only_odd(desk, capsys, name, write, clips):
     write(Path("videos") / name)
     Path("videos/captions.jsonl").write_text(entry(name))
     with soon(20):
-        assert call(data.main, "preview", "--data", "videos", "--out", "x.png") == 0
+        assert call(prepare.main, "preview", "--data", "videos", "--out", "x.png") == 0
     assert f"of {clips} clips" in capsys.readouterr().out
 
 
 def test_videos_without_captions(desk, capsys):
     Path("videos/captions.jsonl").unlink()
-    refused(capsys, data.main, "preview", "--data", "videos", words=["no caption"])
+    refused(capsys, prepare.main, "preview", "--data", "videos", words=["no caption"])
     Path("videos/one.txt").mkdir()
-    refused(capsys, data.main, "preview", "--data", "videos", words=["no caption"])
+    refused(capsys, prepare.main, "preview", "--data", "videos", words=["no caption"])
     Path("videos/two.txt").write_bytes(b"\xff\xfe a \x00 caption")
-    assert call(data.main, "preview", "--data", "videos") == 0
+    assert call(prepare.main, "preview", "--data", "videos") == 0
 
 
 def test_a_video_that_may_not_be_read(desk, capsys):
     Path("videos/one.webp").chmod(0)
     if os.access("videos/one.webp", os.R_OK):
         pytest.skip("root may read anything")
-    assert call(data.main, "preview", "--data", "videos") == 0
+    assert call(prepare.main, "preview", "--data", "videos") == 0
     assert "Permission denied" in capsys.readouterr().out
 
 
@@ -856,7 +863,7 @@ def test_a_still_is_cut_and_what_follows_is_there(tmp_path):
     (tmp_path / "a.apng").write_bytes(content)
     clips = [video[0, :, 16, 16].tolist() for video, _ in cut(tmp_path / "a.apng", CONFIG)]
     assert clips == [[20] * 16] * 5
-    frames = data.read_video(tmp_path / "a.apng", [9.9, 10.1, 10.6], 8, 8)[0, :, 4, 4].tolist()
+    frames = read_video(tmp_path / "a.apng", [9.9, 10.1, 10.6], 8, 8)[0, :, 4, 4].tolist()
     assert frames == [20, 30, 40]
 
 
@@ -1025,7 +1032,7 @@ METRICS = [b"{\n", b"[]\n", b"3\n", b'{"stage": "vae"}\n', b'{"stage": 1, "step"
 def test_metrics_that_are_not_ours(desk, line):
     Path("run/metrics.jsonl").write_bytes(b'{"stage": "vae", "step": 2, "loss": 1}\n' + line)
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: .*remove it"):
-        run.Metrics(Run.open("run"), "vae", 0, [])
+        Metrics(Run.open("run"), "vae", 0, [])
 
 
 # --- caches -------------------------------------------------------------------------------------
@@ -1152,10 +1159,10 @@ def test_an_unfinished_cache_is_refused_and_a_damaged_group_told_by_precompute(d
     group = Path("cache/groups/00000.json")
     arguments = ["precompute", "videos", "--parts", "run", "--out", "cache", "--dtype", "float32"]
     group.write_bytes(b"[]")
-    refused(capsys, data.main, *arguments, words=["00000.json", "remove it"])
+    refused(capsys, prepare.main, *arguments, words=["00000.json", "remove it"])
     group.unlink()
     refused(capsys, train.main, *CACHED, words=["not finished", "1 of 1"])
-    assert call(data.main, *arguments) == 0 and group.exists()
+    assert call(prepare.main, *arguments) == 0 and group.exists()
 
 
 # --- configurations -----------------------------------------------------------------------------
@@ -1209,7 +1216,10 @@ def test_every_field_damaged_in_every_way(tmp_path, name):
     fields = {k: v for k, v in FLAT.items() if k != name}
     found = opened(tmp_path, fields)
     assert found is None or flat_fields(found.config).keys() == FLAT.keys()
-    kind, may_be_null = type(FLAT[name]), type(None) in typing.get_args(field_types(FLAT)[name])
+    kind, may_be_null = (
+        type(FLAT[name]),
+        type(None) in typing.get_args(field_types(Config, FLAT)[name]),
+    )
     wrong = {"list": [], "object": {}, "huge": 10**400, "below": -(10**9), "nan": float("nan")}
     wrong |= {"string": "x"} if kind is not str else {"number": 3}
     wrong |= {} if may_be_null else {"null": None}

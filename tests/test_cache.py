@@ -18,17 +18,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_run import MICRO, call, one_line, random_run
 
-import cache as cache_module
-import data
-import losses
+import prepare
+import plumbing.cache as cache_module
 import sample
+import stages
 import train
-from cache import Cache, Memory, precompute
-from config import flat_fields
-from data import Folder
-from files import UserError
+from data import Folder, to_float
+from plumbing.cache import Cache, Memory, precompute
+from plumbing.fields import flat_fields
+from plumbing.files import UserError
 from run import Run
-from world import World, to_float
+from toy.world import World
 
 
 @pytest.fixture(autouse=True)
@@ -337,7 +337,7 @@ def test_a_folder_is_encoded_first_and_a_cache_of_it_trains_the_same(
     common = ["--tiny", "--set", *MICRO, "--out"]
     assert call(train.main, "--stage", "all", "--data", folder, *common, one) == 0
     assert Cache(one / "cache").captions([0]) == ["a"]
-    assert call(data.main, "precompute", folder, "--parts", one, "--out", tmp_path / "cache") == 0
+    assert call(prepare.main, "precompute", folder, "--parts", one, "--out", tmp_path / "cache") == 0
     assert tree(tmp_path / "cache") == tree(one / "cache")
 
     Run.create(other, Run.open(one).config)
@@ -375,7 +375,7 @@ def test_latents_may_be_drawn_from_the_posterior(tmp_path, run, folder):
     for posterior in (False, True):
         settings = ["stages.base.batch=500", f"stages.base.posterior={posterior}"]
         other = other_run(tmp_path / str(posterior), run, *settings)
-        loss = losses.DiffusionLoss(other, "base", OneClip(tmp_path / "cache"))
+        loss = stages.DiffusionLoss(other, "base", OneClip(tmp_path / "cache"))
         drawn = loss.draw(train.step_generator(0, "base", 0), slice(None))["latents"]
         deviation = (drawn - mean).square().mean(0).sqrt()
         expected = (0.5 * log_variance[0]).exp() * posterior

@@ -14,23 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import (
-    PRESETS,
-    STAGES,
-    Config,
-    UserError,
-    build,
-    check_fit,
-    field_types,
-    flat_fields,
-    override,
-    parse_value,
-    tiny,
-)
+from config import PRESETS, STAGES, Config, check_fit, override, tiny
 from model import DiT
-from semantic import Compressor, TinyEncoder
-from text import HashText
-from vae import TinyVAE
+from plumbing.fields import build, field_types, flat_fields, parse_value
+from plumbing.files import UserError
+from semantic import Compressor
+from toy.encoder import TinyEncoder
+from toy.text import HashText
+from toy.vae import TinyVAE
 
 TINY = tiny()
 FIELDS = flat_fields(TINY)
@@ -91,7 +82,7 @@ def test_flat_fields_and_build_undo_each_other(preset):
     config = PRESETS[preset]()
     fields = flat_fields(config)
     assert build(Config, fields) == config
-    assert list(fields) == list(field_types(fields))
+    assert list(fields) == list(field_types(Config, fields))
     assert not any(dataclasses.is_dataclass(value) for value in fields.values())
     assert fields["latent.width"] == config.latent.width
     assert fields["stages.vae.lr"] == config.stages.vae.lr
@@ -99,14 +90,15 @@ def test_flat_fields_and_build_undo_each_other(preset):
 
 def test_every_value_has_the_type_its_field_declares():
     """Or `--set` would read back another type than the preset has."""
-    for name, kind in field_types(flat_fields(tiny())).items():
+    for name, kind in field_types(Config, flat_fields(tiny())).items():
         assert isinstance(FIELDS[name], kind), f"{name}: {FIELDS[name]!r} is no {kind}"
 
 
 @presets
 def test_setting_every_field_to_what_it_is_changes_nothing(preset):
     config = PRESETS[preset]()
-    same = [f"{name}={value}" for name, value in flat_fields(config).items()]
+    fields = flat_fields(config).items()
+    same = [f"{name}={value}" for name, value in fields if not name.endswith(".class")]
     assert override(config, same) == config
 
 

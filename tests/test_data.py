@@ -16,16 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
-from data import (
-    Folder,
-    contact_sheet,
-    read_video,
-    reference_clip,
-    semantic_times,
-)
-from files import UserError
-from world import DataConfig, World
+import prepare
+from data import DataConfig, Folder, reference_clip, semantic_times
+from plumbing.files import UserError
+from plumbing.sheet import contact_sheet
+from plumbing.video import read_video
+from toy.world import World
 
 CONFIG = DataConfig()
 
@@ -301,12 +297,12 @@ def test_contact_sheet_shows_the_whole_label(tmp_path):
 
 
 def test_preview_on_the_command_line(tmp_path, monkeypatch, capsys):
-    command = ["data.py", "preview", "--count", "2", "--out", str(tmp_path / "sheet.png")]
+    command = ["prepare.py", "preview", "--count", "2", "--out", str(tmp_path / "sheet.png")]
     monkeypatch.setattr(sys, "argv", command)
-    data.main()
+    prepare.main()
     assert (tmp_path / "sheet.png").exists()
     monkeypatch.setattr(sys, "argv", [*command, "--data", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit) as stop:
-        data.main()
+        prepare.main()
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and "no such folder" in said

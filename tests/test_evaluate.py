@@ -17,11 +17,14 @@ from test_run import call, one_line, random_run
 from torch import Tensor
 
 import evaluate
-from evaluate import (
+from data import DataConfig
+from evaluate import Evaluation
+from run import Run
+from sample import reference_plans
+from toy.scores import (
     DRIFT,
     LONG_SCORES,
     SCORES,
-    Evaluation,
     agreement,
     choose,
     drift,
@@ -32,9 +35,7 @@ from evaluate import (
     subject_consistency,
     table,
 )
-from run import Run
-from sample import reference_plans
-from world import DataConfig, Thing, World
+from toy.world import Thing, World
 
 RED = Thing("red", "circle", "moves left")
 BLUE = Thing("blue", "square", "grows")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_run import MICRO
 
 import semantic
-from cache import Cache
+from plumbing.cache import Cache
 
 ROOT = Path(__file__).parent.parent
 VIDEOS = {

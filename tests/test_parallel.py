@@ -20,10 +20,11 @@ from test_run import micro, random_run
 from test_train import few, metrics, weights
 
 import train
-from files import UserError
-from losses import stage_loss
-from parallel import Team
-from run import NEEDS, Run, computing
+from plumbing.device import computing
+from plumbing.files import UserError
+from plumbing.processes import Team
+from run import NEEDS, Run
+from stages import stage_loss
 from train import encoded, prepare, step_generator
 
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -25,12 +25,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import files
-from files import UserError, locate, read_settings, require, tensor_files
+from data import to_float
+from plumbing.files import UserError, require
+from plumbing.weights import locate, read_settings, tensor_files
 from semantic import VJEPA2, PretrainedEncoderConfig, QwenVisionTower, describe_encoder
 from text import UMT5, UMT5Config, describe_text
 from vae import WanVAE, WanVAEConfig, describe_vae
-from world import to_float
 
 transformers = pytest.importorskip("transformers")
 diffusers = pytest.importorskip("diffusers")
@@ -1281,7 +1281,7 @@ def write_broken_torchvision(folder: Path):
 
 BROKEN = """
 import sys
-from files import UserError, require
+from plumbing.files import UserError, require
 for library in sys.argv[1:]:
     try:
         require(library, "extra")
@@ -1313,14 +1313,14 @@ def test_a_library_that_cannot_be_imported_says_why(monkeypatch, error):
     def import_module(name: str) -> types.ModuleType:
         raise ImportError(f"could not import {name}\nsee above") from error
 
-    monkeypatch.setattr(files.importlib, "import_module", import_module)
+    monkeypatch.setattr("plumbing.files.importlib.import_module", import_module)
     with refused("some_library cannot be imported", str(error).split("\n")[0]):
         require("some_library", "extra")
 
 
 def test_the_commands_import_no_extras():
     """They start without them: what is optional is imported when it is first needed."""
-    code = "import train, sample, evaluate, data, cache, sys; print(*sys.modules)"
+    code = "import train, sample, evaluate, prepare, sys; print(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -1343,7 +1343,7 @@ def test_training_and_sampling_with_released_parts(
 
     import sample
     import train
-    from cache import Cache
+    from plumbing.cache import Cache
     from run import Run
 
     videos, run = tmp_path / "videos", tmp_path / "run"

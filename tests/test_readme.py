@@ -10,11 +10,12 @@ import pytest
 from test_run import MICRO
 
 import semantic
-from config import field_types, flat_fields, override, tiny
+from config import Config, override, tiny
+from plumbing.fields import field_types, flat_fields
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SYMBOLS = sorted(set(re.findall(r"`(\w+)\.py::([\w.]+)`", README)))
+SYMBOLS = sorted(set(re.findall(r"`([\w/]+)\.py::([\w.]+)`", README)))
 FILES = sorted(
     set(re.findall(r"[\w/]+\.(?:py|txt|png|toml)\b", README)) - {"one.txt", "thumbnails.py"}
 )
@@ -27,7 +28,7 @@ def test_the_map_is_not_empty():
 
 @pytest.mark.parametrize(("module", "symbol"), SYMBOLS)
 def test_symbol_exists(module, symbol):
-    found = importlib.import_module(module)
+    found = importlib.import_module(module.replace("/", "."))
     for name in symbol.split("."):
         found = getattr(found, name)
 
@@ -55,7 +56,7 @@ def test_overrides_shown_in_the_quick_start_are_valid():
     changed = flat_fields(override(tiny(), shown))
     for setting in shown:
         name, value = setting.split("=")
-        assert name in field_types(changed) and str(changed[name]) == value
+        assert name in field_types(Config, changed) and str(changed[name]) == value
 
 
 def test_the_shown_encoder_is_complete(tmp_path, monkeypatch):

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import run as run_module
-from config import STAGES, Config, flat_fields, override, tiny
-from files import UserError, command, sweep, write_file
-from run import Run, export, faster_dtype
+from config import STAGES, Config, override, tiny
+from plumbing.device import computing, faster_dtype
+from plumbing.fields import flat_fields
+from plumbing.files import UserError, command, sweep, write_file
+from run import Run, export
 
 PIXELS = ("data.height", "data.width", "data.semantic_height", "data.semantic_width")
 MICRO = [  # one second of 16 x 16 pixels, the smallest of everything; 6 steps on 8 clips
@@ -132,7 +134,7 @@ def test_faster_dtype_is_one_that_computing_takes():
     device = torch.device("cpu")
     dtype = faster_dtype(device)
     assert dtype in ("bfloat16", "float32")
-    with run_module.computing(device, dtype):
+    with computing(device, dtype):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert str(product.dtype) == f"torch.{dtype}"
 

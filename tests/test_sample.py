@@ -19,21 +19,13 @@ from torch import Tensor
 
 import sample
 from config import clip_frames, override, tiny
-from data import reference_clip, shown_frames
-from files import UserError
+from data import reference_clip
+from plumbing.files import UserError
+from plumbing.sheet import shown_frames
+from plumbing.video import enlarge, write_video
 from run import Run
-from sample import (
-    draw_noise,
-    enlarge,
-    generate,
-    guided,
-    paint,
-    prompt_seed,
-    reference_plans,
-    sample_plans,
-    write_video,
-)
-from world import World
+from sample import draw_noise, generate, guided, paint, prompt_seed, reference_plans, sample_plans
+from toy.world import World
 
 PROMPT, OTHER = "a red circle moves left", "a blue square grows and a cyan cross stays still"
 

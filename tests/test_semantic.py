@@ -19,7 +19,8 @@ from torch.distributions import Normal, kl_divergence
 
 from config import override, tiny
 from run import Run
-from semantic import Captioner, Compressor, CompressorConfig, TinyEncoder, TinyEncoderConfig
+from semantic import Compressor, CompressorConfig
+from toy.encoder import Captioner, TinyEncoder, TinyEncoderConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SMALL = TinyEncoderConfig(dim=32, blocks=2, heads=2, caption_blocks=2, caption_words=6)

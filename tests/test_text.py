@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from text import HashText, HashTextConfig, piece_seed, piece_vector, word_vector
+from plumbing.seeds import piece_seed
+from toy.text import HashText, HashTextConfig, piece_vector, word_vector
 
 TEXT = HashText(HashTextConfig())
 SMALL = HashText(HashTextConfig(words=4, dim=8))

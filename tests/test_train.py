@@ -24,20 +24,13 @@ from torch import Tensor, nn
 
 import train
 from config import STAGES
-from files import UserError
 from flow import shift_time
-from losses import DiffusionLoss
+from plumbing.files import UserError
 from run import NEEDS, Run
 from semantic import Compressor
-from train import (
-    build_optimizers,
-    ema_decay,
-    encoded,
-    lr_factor,
-    step_generator,
-    update_ema,
-)
-from world import World
+from stages import DiffusionLoss
+from toy.world import World
+from train import build_optimizers, ema_decay, encoded, lr_factor, step_generator, update_ema
 
 ROOT = Path(__file__).parent.parent
 

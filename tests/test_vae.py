@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from vae import ResBlock, TinyVAE, TinyVAEConfig
+from toy.vae import ResBlock, TinyVAE, TinyVAEConfig
 
 SMALL = TinyVAEConfig(channels=3, width=16, blocks=1, time_patch=2, space_patch=4)
 

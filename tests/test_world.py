@@ -19,16 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import world as world_file
-from reader import UNCLEAR, Track, in_order, read, tracks
-from world import (
+import toy.world as world_file
+from data import DataConfig, to_float, to_uint8
+from toy.reader import UNCLEAR, Track, in_order, read, tracks
+from toy.world import (
     COLOURS,
     COMBINATIONS,
     EXTENT,
     MOTIONS,
     SHAPES,
     SPLITS,
-    DataConfig,
     Thing,
     World,
     caption,
@@ -37,8 +37,6 @@ from world import (
     motions_of,
     parse,
     tell,
-    to_float,
-    to_uint8,
 )
 
 SMALL = DataConfig()

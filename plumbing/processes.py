@@ -27,7 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from files import UserError
+from plumbing.files import UserError
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -15,13 +15,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from cache import Cache, Memory
 from config import StageConfig
-from files import UserError
+from data import to_float
 from flow import flow_loss, path, sample_time
+from plumbing.cache import Cache, Memory
+from plumbing.files import UserError
 from run import Run
-from semantic import Captioner
-from world import to_float
+from toy.encoder import Captioner
 
 Logs = dict[str, Tensor]
 

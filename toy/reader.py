@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from world import COLOURS, MOTIONS, SHAPES, Thing, coverage, tell
+from toy.world import COLOURS, MOTIONS, SHAPES, Thing, coverage, tell
 
 UNCLEAR = "unclear"  # a shape or a motion that is none of the world's
 

@@ -27,11 +27,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, build_part, check_values, flat_fields
-from data import clips_of, list_videos
-from files import UserError, read_json, tensor_names, write_file
-from run import FLAGS, Run, computing
-from world import World, to_float
+from config import Config, check_values
+from data import clips_of, list_videos, to_float
+from plumbing.device import computing
+from plumbing.fields import build_field, flat_fields
+from plumbing.files import UserError, read_json, write_file
+from plumbing.weights import tensor_names
+from run import FLAGS, Run
+from toy.world import World
 
 FORMAT = 1  # of the folder; raised when older ones can no longer be read
 GROUP = 16  # videos
@@ -259,7 +262,7 @@ def read_group(file: Path) -> dict:
     except (KeyError, TypeError):
         whole = False
     if not whole:
-        raise UserError(f"{file} is damaged: remove it, and run data.py precompute again")
+        raise UserError(f"{file} is damaged: remove it, and run prepare.py precompute again")
     return group
 
 
@@ -287,7 +290,7 @@ class Cache:
         if there < groups:
             raise UserError(
                 f"{path} is not finished ({groups - there} of {groups} groups are missing): "
-                "run data.py precompute again, it goes on"
+                "run prepare.py precompute again, it goes on"
             )
         for name in (f"{g:05d}" for g in range(groups)):
             group = read_group(self.path / "groups" / f"{name}.json")
@@ -309,7 +312,7 @@ class Cache:
         """Return the configurations {"data", "vae", "encoder", "text"} that it was made with."""
         try:
             check_values(self.header["parts"])
-            return {part: build_part(Config, part, self.header["parts"]) for part in PARTS}
+            return {part: build_field(Config, part, self.header["parts"]) for part in PARTS}
         except (KeyError, ValueError) as error:
             file = self.path / "cache.json"
             raise UserError(f"{file}: its parts are damaged ({error}); make it anew") from None

@@ -18,13 +18,13 @@ Layouts: video (B, 3, F, H, W) uint8; lengths of a scene in 32nds of the frame.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from data import Batch, DataConfig
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -49,65 +49,12 @@ SPLITS = ("train", "test", "held_out")
 CHUNK = 32  # clips drawn at a time: larger ones fall out of the processor's cache
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Length, rates and sizes of clips, the world's or a folder's."""
-
-    frames: int = 16  # frames per clip, as the VAE sees it
-    fps: float = 8.0  # their rate (paper: 24)
-    height: int = 32
-    width: int = 32
-    semantic_fps: float = 2.0  # the semantic encoder's own low rate (paper: 1.6)
-    semantic_height: int = 32
-    semantic_width: int = 32
-    objects: int = 2  # at most so many objects in a clip of the synthetic world, 1 or 2
-    events: int = 1  # motions of an object of that world, one after another
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"data.{name} is {value}: it must be above 0")
-        if self.objects > 2:
-            raise ValueError(f"data.objects is {self.objects}: 1 or 2")
-        if self.frames < 4 * self.events and self.events > 1:
-            raise ValueError(f"data.events is {self.events}: {self.frames} frames are too few")
-
-    @property
-    def seconds(self) -> float:
-        """Length of a clip."""
-        return self.frames / self.fps
-
-    @property
-    def semantic_frames(self) -> int:
-        """Frames of a clip at the low rate: as many pairs as begin before its last frame."""
-        last = (self.frames - 1) / self.fps
-        return 2 * max(1, ceil(last * self.semantic_fps / 2 - 1e-9))
-
-
-class Batch(NamedTuple):
-    """Clips at both rates, the same stretch of time."""
-
-    video: Tensor  # (B, 3, F, H, W) uint8
-    semantic_video: Tensor  # (B, 3, Fs, Hs, Ws) uint8
-    captions: list[str]
-
-
 class Thing(NamedTuple):
     """One object of a scene, as its caption tells it."""
 
     colour: str
     shape: str
     motion: str  # or several: "moves left then up then stays still"
-
-
-def to_float(video: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return video.float() / 127.5 - 1
-
-
-def to_uint8(video: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint8, rounded; what lies outside is clamped."""
-    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 # --- shapes: signed distances, negative inside, in units of the radius ---------------------------

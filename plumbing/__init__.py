@@ -1,0 +1,1 @@
+"""What would look the same in another project: files, processes, settings, pictures."""

@@ -1,0 +1,208 @@
+"""Video files: frames by their time on screen, and animations written."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from fractions import Fraction
+from functools import partial
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps, ImageSequence
+from torch import Tensor
+
+from plumbing.files import UserError, replacing, require, write_file
+
+PILLOW = (".gif", ".webp", ".apng", ".png")  # read without PyAV
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".webp", ".apng")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # frames in a folder
+TOLERANCE = 1e-3  # seconds: some containers round timestamps to a millisecond
+LARGEST = 8192 * 4320  # pixels of a frame: a damaged file may claim any number, and memory for it
+STILL = 10.0  # seconds: a frame that stays longer, for hours perhaps, is cut to this
+Picture = Callable[[], Image.Image]  # only the frames that are used get converted to RGB
+
+
+def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
+    """Yield (seconds until which it is on screen, picture) of each frame; the first starts at 0."""
+    until = 0.0
+    with open_image(path) as file:
+        for image in ImageSequence.Iterator(file):
+            check_size(*image.size)  # a later frame may be larger
+            picture = image.copy()  # decodes, which also sets the duration
+            until += (image.info.get("duration") or 100) / 1000  # players take 0 for 100 ms
+            yield until, picture.copy
+
+
+def open_image(path: Path) -> Image.Image:
+    """Open an image without decoding it; UserError if it claims to be larger than any video."""
+    image = Image.open(path)
+    try:
+        check_size(*image.size)
+    except UserError:
+        image.close()
+        raise
+    return image
+
+
+def check_size(width: int, height: int):
+    """Raise UserError, before there is memory for it, if a frame is larger than any video's."""
+    if width * height > LARGEST:
+        raise UserError(f"frames of {width} x {height} pixels: too large")
+
+
+def frames_by_av(path: Path) -> Iterator[tuple[float, Picture]]:
+    """Likewise for what ffmpeg reads."""
+    av = require("av", "video")
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise UserError("there is no video in it")
+        if container.format.name == "tty":  # ffmpeg draws text files
+            raise UserError("it is text, not a video")
+        stream, first, start, before = container.streams.video[0], None, 0.0, None
+        check_size(stream.width, stream.height)
+        usual = 1 / float(stream.average_rate or 25)  # seconds a frame
+        for frame in container.decode(stream):
+            if first is None:
+                first = start = frame.time or 0.0
+            else:
+                in_order = frame.time is not None and frame.time > start
+                start = frame.time if in_order else start + usual  # raw streams have no times
+                yield start - first, partial(upright, before)
+            before = frame
+        if before is not None:
+            length = float(before.duration * stream.time_base) or usual
+            yield start - first + length, partial(upright, before)
+
+
+def upright(frame) -> Image.Image:
+    """Return a frame of PyAV, turned (counter-clockwise) as the video's metadata asks."""
+    return frame.to_image().rotate(frame.rotation, expand=True)
+
+
+def frames_by_name(folder: Path, fps: float) -> Iterator[tuple[float, Picture]]:
+    """Likewise for a folder of images, in the order of their names, at a constant rate."""
+    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.is_file())
+    for k, image in enumerate(images, 1):
+        yield k / fps, lambda path=image: ImageOps.exif_transpose(open_image(path))
+
+
+def without_long_stills(
+    frames: Iterable[tuple[float, Picture]],
+) -> Iterator[tuple[float, Picture]]:
+    """Cut what is on screen for longer than STILL to it.
+
+    Nothing happens in what is left out, and however long a file says that a frame stays, its clips
+    are few.
+    """
+    before = left_out = 0.0
+    for until, picture in frames:
+        left_out += max(0.0, until - before - STILL)
+        before = until
+        yield until - left_out, picture
+
+
+def frames_at(path: Path, times: Iterable[float], fps: float) -> Iterator[tuple[Image.Image, bool]]:
+    """Yield the picture on screen at each of the ascending times, in one pass over a video.
+
+    After the end the last one is held, and the bool, True until then, is False. fps is for a folder
+    of images, which has no times of its own. UserError if the video cannot be read.
+    """
+    try:
+        if path.is_dir():
+            frames = frames_by_name(path, fps)
+        elif path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError("neither a file nor a folder")
+        else:
+            frames = (frames_by_pillow if path.suffix.lower() in PILLOW else frames_by_av)(path)
+        times, picture = iter(times), None
+        time = next(times)
+        with closing(frames):
+            for until, picture in without_long_stills(frames):
+                image = None
+                while time < until - TOLERANCE:
+                    image = image or picture()
+                    yield image, True
+                    if (time := next(times, None)) is None:
+                        return
+        if picture is None:
+            raise UserError("there are no frames in it")
+        image = picture()
+        for _ in chain([time], times):
+            yield image, False
+    except Exception as error:  # whatever a decoder makes of a broken file
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        reason = (reason or type(error).__name__) if os.path.exists(path) else "no such file"
+        raise UserError(f"{path}: {reason}") from None
+
+
+def fit(image: Image.Image, height: int, width: int) -> Tensor:
+    """Cut the middle of an image to the target's aspect and resize it: (3, H, W) uint8."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    scale = min(image.width / width, image.height / height)
+    left = max(0.0, (image.width - scale * width) / 2)
+    top = max(0.0, (image.height - scale * height) / 2)
+    box = (left, top, image.width - left, image.height - top)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, box)
+    return torch.from_numpy(rearrange(np.array(image), "h w c -> c h w"))
+
+
+def read_video(path: Path, times: Sequence[float], height: int, width: int, fps=8.0) -> Tensor:
+    """Return the frames on screen at ascending times, (3, len(times), H, W) uint8 (`frames_at`)."""
+    return torch.stack([fit(x, height, width) for x, _ in frames_at(Path(path), times, fps)], 1)
+
+
+def enlarge(video: Tensor, least: int = 256) -> Tensor:
+    """Repeat the pixels of a small video (3, F, H, W) a whole number of times, to be seen."""
+    factor = max(1, least // video.shape[-2])
+    return video.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def write_video(path: Path, pieces: Iterable[Tensor], fps: float):
+    """Write an animation; the suffix says which: .gif, .webp (lossless) or .mp4 (needs PyAV).
+
+    pieces: (3, f, H, W) uint8, one after the other; small ones are enlarged. An .mp4 is written as
+    they come, so that its length takes no memory; Pillow wants all pictures of the others at once.
+    """
+    pictures = (
+        np.ascontiguousarray(picture)
+        for piece in pieces
+        for picture in rearrange(enlarge(piece).cpu().numpy(), "c f h w -> f h w c")
+    )
+    if path.suffix == ".mp4":
+        write_mp4(path, pictures, fps)
+        return
+    images = [Image.fromarray(picture) for picture in pictures]
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    buffer = BytesIO()
+    images[0].save(
+        buffer,
+        path.suffix[1:],
+        save_all=True,
+        append_images=images[1:],
+        duration=1000 / fps if path.suffix == ".webp" else round(100 / fps) * 10,
+        loop=0,
+        **options,
+    )
+    write_file(path, buffer.getvalue())
+
+
+def write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float):
+    """Encode pictures (H, W, 3) uint8 as they come."""
+    av = require("av", "video")
+    stream = None
+    with replacing(path) as output, av.open(output, "w", format="mp4") as file:
+        for picture in pictures:
+            height, width = (side - side % 2 for side in picture.shape[:2])  # yuv420p
+            if stream is None:
+                stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+                stream.width, stream.height = width, height
+                stream.pix_fmt, stream.options = "yuv420p", {"crf": "12"}
+            picture = np.ascontiguousarray(picture[:height, :width])
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())

@@ -1,0 +1,1 @@
+"""The miniature: what stands in, on a laptop, for what the paper takes ready-made."""

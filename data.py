@@ -58,6 +58,22 @@ class DataConfig:
         last = (self.frames - 1) / self.fps
         return 2 * max(1, ceil(last * self.semantic_fps / 2 - 1e-9))
 
+    @property
+    def semantic_times(self) -> list[float]:
+        """Seconds into the clip of each frame at the low rate; beyond the end, the last frame's."""
+        last = (self.frames - 1) / self.fps
+        return [min(k / self.semantic_fps, last) for k in range(self.semantic_frames)]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width of a clip."""
+        return self.frames, self.height, self.width
+
+    @property
+    def semantic_size(self) -> tuple[int, int, int]:
+        """Frames, height and width of a clip at the low rate."""
+        return self.semantic_frames, self.semantic_height, self.semantic_width
+
 
 class Batch(NamedTuple):
     """Clips at both rates, the same stretch of time."""
@@ -77,12 +93,6 @@ def to_uint8(video: Tensor) -> Tensor:
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def semantic_times(config: DataConfig) -> list[float]:
-    """Return the seconds into a clip of each semantic frame; beyond the end, the last frame's."""
-    last = (config.frames - 1) / config.fps
-    return [min(k / config.semantic_fps, last) for k in range(config.semantic_frames)]
-
-
 # --- real videos --------------------------------------------------------------------------------
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is larger, and it warns before it refuses
@@ -93,7 +103,7 @@ def cut(path: Path, config: DataConfig) -> Iterator[tuple[Tensor, Tensor]]:
 
     Each is (3, F, H, W) and (3, Fs, Hs, Ws), uint8. The rest at the end is left out.
     """
-    high, low = [k / config.fps for k in range(config.frames)], semantic_times(config)
+    high, low = [k / config.fps for k in range(config.frames)], config.semantic_times
     moments = sorted({*high, *low})
     times = (k * config.seconds + moment for k in count() for moment in moments)
     pictures = frames_at(path, times, config.fps)

@@ -17,13 +17,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import prepare
-from data import DataConfig, Folder, reference_clip, semantic_times
+from data import DataConfig, Folder, reference_clip
 from plumbing.files import UserError
 from plumbing.sheet import contact_sheet
 from plumbing.video import read_video
 from toy.world import World
 
 CONFIG = DataConfig()
+
+
+def test_sizes_and_times_of_a_clip_at_both_rates():
+    config = DataConfig(frames=17, fps=16, height=48, semantic_fps=1.6, semantic_width=28)
+    assert config.seconds == 17 / 16 and config.size == (17, 48, 32)
+    assert config.semantic_size == (2, 32, 28) and config.semantic_times == [0, 1 / 1.6]
+    assert DataConfig(frames=3).semantic_times == [0, 0.25]  # the last frame begins at 2 / 8 s
+
 
 # --- folders of real videos ---------------------------------------------------------------------
 # Frame k of a test video is the grey 10 k + 20: `shades` reads back which frames were taken.
@@ -157,7 +165,7 @@ def test_every_frame_is_the_one_on_screen(tmp_path_factory, durations, frames, s
     for c in range(len(clips)):
         start = c * config.seconds
         assert shades(batch.video[c]) == [on_screen(start + k / 8) for k in range(frames)]
-        low = [on_screen(start + time) for time in semantic_times(config)]
+        low = [on_screen(start + time) for time in config.semantic_times]
         assert shades(batch.semantic_video[c]) == low
 
 

@@ -189,9 +189,7 @@ class World:
 
     def _low_rate_frames(self) -> np.ndarray:
         """The frame on screen at each k / semantic_fps; the last one holds."""
-        config = self.config
-        times = np.arange(config.semantic_frames) / config.semantic_fps
-        return np.minimum(np.floor(times * config.fps + 1e-6), config.frames - 1).astype(int)
+        return np.floor(np.array(self.config.semantic_times) * self.config.fps + 1e-6).astype(int)
 
     def _rng(self, index: int) -> np.random.Generator:
         return np.random.default_rng([SPLITS.index(self.split), int(index)])

@@ -84,7 +84,7 @@ def sample_plans(
     """
     config, data = run.config, run.config.data
     pairs = replace(data, frames=frames or data.frames).semantic_frames
-    grid = run.encoder.grid(pairs, data.semantic_height, data.semantic_width)
+    grid = run.config.encoder.grid(pairs, data.semantic_height, data.semantic_width)
     noise = draw_noise(seeds, (config.compressor.channels, *grid), run.device)
     text = run.text.encode(prompts).to(run.device)
     velocity = guided(run.planner, text, options.get("guidance", config.sample.guidance))
@@ -109,11 +109,11 @@ def paint_latents(
     """
     config, data = run.config, run.config.data
     option = {**vars(config.sample), **options}
-    grid = run.vae.grid(frames or data.frames, data.height, data.width)
+    grid = run.config.vae.grid(frames or data.frames, data.height, data.width)
     # Other seeds than the plan's noise has: the two must not be correlated. Torch's CPU generator
     # reads the lower 32 bits of a seed alone, so an offset would have to lie in these.
     others = [piece_seed(f"paint {seed}") % 2**32 for seed in seeds]
-    noise = draw_noise(others, (run.vae.channels, *grid), run.device)
+    noise = draw_noise(others, (run.config.vae.channels, *grid), run.device)
     text = run.text.encode(prompts).to(run.device)
     if plans is None:
         velocity = guided(run.base, text, option["base_guidance"])

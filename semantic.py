@@ -1,13 +1,12 @@
-"""The semantic side of stage 2: a frozen video encoder and the KL-regularised compressor.
+"""The semantic side of stage 2: the compressor, and the frozen encoder whose features it reads.
 
 SemanticGen Sec. 3.2. The encoder reads pairs of frames at a low rate and returns features
-(B, d, S, hs, ws), S = pairs; the `Compressor`, an MLP, turns each of them into a mean and a
-variance of K channels, pulled towards N(0, I) by a KL term; the sample is z_sem (B, K, S, hs, ws),
-the plan. There is no decoder back to d: the compressor learns from the painter's loss plus KL.
+(B, d, S, hs, ws), S = pairs. The `Compressor`, an MLP, turns each of them into the mean and the
+variance of K channels; a KL term pulls them towards N(0, I); a sample is z_sem (B, K, S, hs, ws),
+the plan. There is no decoder back to d: the painter's loss trains the compressor.
 
-The paper's encoder is the vision tower of Qwen2.5-VL (`QwenVisionTower`; `VJEPA2` is another one it
-names). `TinyEncoder` is its miniature: a small video transformer that learns language alignment (it
-predicts captions through `Captioner`), then freezes.
+The paper's encoder is the vision tower of Qwen2.5-VL (`QwenVisionTower`); `VJEPA2` is another one
+that it names. Both are released; one to train from scratch is `toy/encoder.py`.
 """
 
 import re
@@ -22,14 +21,117 @@ from torch import Tensor, nn
 from plumbing.files import UserError, require
 from plumbing.weights import check_tensors, digest, loading, read_settings, tensor_files
 
+# --- the compressor -----------------------------------------------------------------------------
 
-class SemanticEncoder(Protocol):
-    """What a semantic encoder offers: `dim` d, the `grid` of its features, and `encode`."""
 
-    dim: int
+@dataclass(frozen=True)
+class CompressorConfig:
+    """Sizes of the compressor and its regularisation (none of them given in the paper but K)."""
+
+    channels: int = 8  # K: the paper tries 64 and 8, and 8 is best (Table 3)
+    hidden: int = 256
+    kl_weight: float = 3e-5  # on KL summed over channels; larger ones kill the plan
+    log_variance: float = -4.0  # where the log-variance starts: low, or the posterior collapses
+    noise: float = 0.2  # tau: noise on z_sem of tau * |N(0, 1)| times its deviation, as in RAE
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Return the KL divergence of N(mean, exp(log_variance)) from N(0, 1) in nats, elementwise."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+
+class Compressor(nn.Module):
+    """MLP from d features to the mean and log-variance of K channels; KL towards N(0, I)."""
+
+    def __init__(self, dim: int, config: CompressorConfig):
+        super().__init__()
+        self.config = config
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, config.hidden), nn.SiLU(), nn.Linear(config.hidden, 2 * config.channels)
+        )
+        nn.init.orthogonal_(
+            self.mlp[2].weight[: config.channels], gain=2.0
+        )  # means of about unit scale
+        nn.init.zeros_(self.mlp[2].weight[config.channels :])
+        nn.init.zeros_(self.mlp[2].bias)
+        nn.init.constant_(self.mlp[2].bias[config.channels :], config.log_variance)
+        # Features of pretrained towers have uneven scales: standardise them first.
+        self.register_buffer("feature_mean", torch.zeros(dim))
+        self.register_buffer("feature_std", torch.ones(dim))
+        # Statistics of z_sem: training noise is in proportion to it, and the planner generates
+        # plans of unit variance.
+        self.register_buffer("mean", torch.zeros(config.channels, 1, 1, 1))
+        self.register_buffer("std", torch.ones(config.channels, 1, 1, 1))
+
+    def posterior(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """features (B, d, S, hs, ws) -> mean and log-variance (B, K, S, hs, ws) float32."""
+        x = (features.movedim(1, -1) - self.feature_mean) / self.feature_std
+        mean, log_variance = self.mlp(x).float().movedim(-1, 1).chunk(2, 1)
+        return mean, log_variance.clamp(-20, 10)
+
+    def forward(self, features: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Sample z_sem and return it with its KL.
+
+        features: (B, d, S, hs, ws); noise: (B, K, S, hs, ws), N(0, 1). Returns z_sem, like noise,
+        and the KL of each channel, (K,) in nats per token: sum it for the loss.
+        """
+        mean, log_variance = self.posterior(features)
+        kl = gaussian_kl(mean, log_variance)  # (B, K, S, hs, ws)
+        return mean + noise * (0.5 * log_variance).exp(), kl.transpose(0, 1).flatten(1).mean(1)
+
+    def perturb(self, z_sem: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        """Add the training noise that prepares the painter for imperfect plans (Sec. 3.2, RAE).
+
+        level: (B,) N(0, 1), its size decides how much each sample gets; noise: like z_sem, N(0, 1).
+        """
+        sigma = self.config.noise * level.abs().reshape(-1, 1, 1, 1, 1)
+        return z_sem + sigma * self.std * noise
+
+    @torch.no_grad()
+    def encode(self, features: Tensor) -> Tensor:
+        """Return the plan of a reference: the posterior's mean, (B, K, S, hs, ws)."""
+        return self.posterior(features)[0]
+
+    def normalise(self, z_sem: Tensor) -> Tensor:
+        """Return z_sem at zero mean and unit variance: what the planner learns to sample."""
+        return (z_sem - self.mean) / self.std
+
+    def denormalise(self, plan: Tensor) -> Tensor:
+        """Undo `normalise`: the planner's sample -> z_sem for the painter."""
+        return plan * self.std + self.mean
+
+    @torch.no_grad()
+    def set_feature_statistics(self, features: Tensor):
+        """Measure the features' mean and deviation per channel on (B, d, S, hs, ws)."""
+        flat = features.float().movedim(1, -1).flatten(0, -2)  # (B S hs ws, d)
+        self.feature_mean.copy_(flat.mean(0))
+        self.feature_std.copy_(flat.std(0) + 1e-6)
+
+    @torch.no_grad()
+    def set_statistics(self, features: Tensor):
+        """Measure z_sem's mean and deviation per channel, sampling noise included, on features."""
+        mean, log_variance = (x.transpose(0, 1).flatten(1) for x in self.posterior(features))
+        variance = mean.var(1) + log_variance.exp().mean(1)
+        self.mean.copy_(mean.mean(1).view_as(self.mean))
+        self.std.copy_(variance.sqrt().view_as(self.std))
+
+
+# --- what an encoder offers ---------------------------------------------------------------------
+
+
+class EncoderConfig(Protocol):
+    """What the configuration of a semantic encoder says."""
+
+    dim: int  # d
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (S, hs, ws) for a low-rate video of that size; ValueError if it cannot be."""
+        """Return (S, hs, ws) for a low-rate video of that size; ValueError names what fits."""
+
+
+class SemanticEncoder(Protocol):
+    """What a semantic encoder offers."""
+
+    config: EncoderConfig
 
     def encode(self, video: Tensor) -> Tensor:
         """Return features (B, d, S, hs, ws) of a low-rate video (B, 3, F, H, W) in [-1, 1]."""
@@ -43,9 +145,6 @@ def pair_grid(frames: int, height: int, width: int, patch: int) -> tuple[int, in
             f"of frames and multiples of {patch} pixels"
         )
     return frames // 2, height // patch, width // patch
-
-
-# --- an encoder to train from scratch -----------------------------------------------------------
 
 
 # --- released encoders --------------------------------------------------------------------------
@@ -74,21 +173,6 @@ class PretrainedEncoderConfig:
         return pair_grid(frames, height, width, self.patch)
 
 
-def describe_encoder(weights: str) -> PretrainedEncoderConfig:
-    """Return the configuration of released weights, in a folder or under a hub id.
-
-    Reads config.json and the weights files that the encoder needs, to tell them from others later.
-    UserError if they are not those of an encoder known here.
-    """
-    settings = read_settings(weights, "config.json")
-    kind = settings.get("model_type")
-    if kind not in ENCODERS:
-        raise UserError(
-            f"{weights} holds a {kind!r}, not one of the encoders {', '.join(ENCODERS)}"
-        )
-    return ENCODERS[kind].describe(weights, settings)
-
-
 class QwenVisionTower(nn.Module):
     """The vision tower of Qwen2.5-VL, alone: the paper's semantic encoder (Sec. 3.2).
 
@@ -108,7 +192,7 @@ class QwenVisionTower(nn.Module):
     def __init__(self, config: PretrainedEncoderConfig, device: torch.device | str = "cpu"):
         """Load the weights. UserError if any tensor is missing, foreign or of another size."""
         super().__init__()
-        self.config, self.dim = config, config.dim
+        self.config = config
         self.tower = self._read(config.weights, getattr(torch, config.dtype)).to(device)
         self.register_buffer("mean_rgb", torch.tensor(self.mean, device=device).view(3, 1, 1, 1))
         self.register_buffer("std_rgb", torch.tensor(self.std, device=device).view(3, 1, 1, 1))
@@ -168,10 +252,6 @@ class QwenVisionTower(nn.Module):
             setattr(tower.rotary_pos_emb, name, buffer.detach().clone())
         return tower
 
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (S, hs, ws) = (frames / 2, height / 28, width / 28); ValueError otherwise."""
-        return self.config.grid(frames, height, width)
-
     def patches(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise and cut: pairs of frames (P, 3, 2, H, W) in [-1, 1] -> patches and their grids.
 
@@ -194,7 +274,7 @@ class QwenVisionTower(nn.Module):
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Return features (B, d, S, hs, ws) float32 of a low-rate video (B, 3, F, H, W)."""
-        pairs, height, width = self.grid(*video.shape[2:])
+        pairs, height, width = self.config.grid(*video.shape[2:])
         x = rearrange(video, "b c (s two) h w -> (b s) c two h w", two=2)
         merged = []
         for part in x.split(self.config.chunk):
@@ -218,7 +298,7 @@ class VJEPA2(nn.Module):
     def __init__(self, config: PretrainedEncoderConfig, device: torch.device | str = "cpu"):
         """Load the weights. UserError if they are not readable."""
         super().__init__()
-        self.config, self.dim = config, config.dim
+        self.config = config
         transformers = require("transformers", "qwen")
         random = torch.random.fork_rng(devices=[])  # the caller's random numbers are not touched
         with loading(config.weights, "the weights of V-JEPA 2"), random:
@@ -252,14 +332,10 @@ class VJEPA2(nn.Module):
         except KeyError as error:
             raise UserError(f"{weights}: config.json lacks {error}") from None
 
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (S, hs, ws) = (frames / 2, height / 16, width / 16); ValueError otherwise."""
-        return self.config.grid(frames, height, width)
-
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Return features (B, d, S, hs, ws) float32 of a low-rate video (B, 3, F, H, W)."""
-        pairs, height, width = self.grid(*video.shape[2:])
+        pairs, height, width = self.config.grid(*video.shape[2:])
         x = rearrange(video, "b c f h w -> b f c h w")
         x = (((x + 1) / 2 - self.mean_rgb) / self.std_rgb).to(self.model.dtype)
         tokens = [
@@ -273,92 +349,16 @@ class VJEPA2(nn.Module):
 ENCODERS = {"qwen2_5_vl": QwenVisionTower, "vjepa2": VJEPA2}  # by model_type of their config.json
 
 
-# --- the compressor -----------------------------------------------------------------------------
+def describe_encoder(weights: str) -> PretrainedEncoderConfig:
+    """Return the configuration of released weights, in a folder or under a hub id.
 
-
-@dataclass(frozen=True)
-class CompressorConfig:
-    """Sizes of the compressor and its regularisation (none of them given in the paper but K)."""
-
-    channels: int = 8  # K: the paper tries 64 and 8, and 8 is best (Table 3)
-    hidden: int = 256
-    kl_weight: float = 3e-5  # on KL summed over channels; larger ones kill the plan
-    log_variance: float = -4.0  # where the log-variance starts: low, or the posterior collapses
-    noise: float = 0.2  # tau: noise on z_sem of tau * |N(0, 1)| times its deviation, as in RAE
-
-
-class Compressor(nn.Module):
-    """MLP from d features to the mean and log-variance of K channels; KL towards N(0, I)."""
-
-    def __init__(self, dim: int, config: CompressorConfig):
-        super().__init__()
-        self.config = config
-        self.channels = config.channels
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, config.hidden), nn.SiLU(), nn.Linear(config.hidden, 2 * config.channels)
+    Reads config.json and the weights files that the encoder needs, to tell them from others later.
+    UserError if they are not those of an encoder known here.
+    """
+    settings = read_settings(weights, "config.json")
+    kind = settings.get("model_type")
+    if kind not in ENCODERS:
+        raise UserError(
+            f"{weights} holds a {kind!r}, not one of the encoders {', '.join(ENCODERS)}"
         )
-        nn.init.orthogonal_(
-            self.mlp[2].weight[: config.channels], gain=2.0
-        )  # means of about unit scale
-        nn.init.zeros_(self.mlp[2].weight[config.channels :])
-        nn.init.zeros_(self.mlp[2].bias)
-        nn.init.constant_(self.mlp[2].bias[config.channels :], config.log_variance)
-        # Features of pretrained towers have uneven scales: standardise them first.
-        self.register_buffer("feature_mean", torch.zeros(dim))
-        self.register_buffer("feature_std", torch.ones(dim))
-        # Statistics of z_sem: training noise is in proportion to it, and the planner generates
-        # plans of unit variance.
-        self.register_buffer("mean", torch.zeros(config.channels, 1, 1, 1))
-        self.register_buffer("std", torch.ones(config.channels, 1, 1, 1))
-
-    def posterior(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """features (B, d, S, hs, ws) -> mean and log-variance (B, K, S, hs, ws) float32."""
-        x = (features.movedim(1, -1) - self.feature_mean) / self.feature_std
-        mean, log_variance = self.mlp(x).float().movedim(-1, 1).chunk(2, 1)
-        return mean, log_variance.clamp(-20, 10)
-
-    def forward(self, features: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample z_sem and return it with its KL.
-
-        features: (B, d, S, hs, ws); noise: (B, K, S, hs, ws), N(0, 1). Returns z_sem, like noise,
-        and the KL of each channel, (K,) in nats per token: sum it for the loss.
-        """
-        mean, log_variance = self.posterior(features)
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)  # (B, K, S, hs, ws)
-        return mean + noise * (0.5 * log_variance).exp(), kl.transpose(0, 1).flatten(1).mean(1)
-
-    def perturb(self, z_sem: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-        """Add the training noise that prepares the painter for imperfect plans (Sec. 3.2, RAE).
-
-        level: (B,) N(0, 1), its size decides how much each sample gets; noise: like z_sem, N(0, 1).
-        """
-        sigma = self.config.noise * level.abs().reshape(-1, 1, 1, 1, 1)
-        return z_sem + sigma * self.std * noise
-
-    @torch.no_grad()
-    def encode(self, features: Tensor) -> Tensor:
-        """Return the plan of a reference: the posterior's mean, (B, K, S, hs, ws)."""
-        return self.posterior(features)[0]
-
-    def normalise(self, z_sem: Tensor) -> Tensor:
-        """Return z_sem at zero mean and unit variance: what the planner learns to sample."""
-        return (z_sem - self.mean) / self.std
-
-    def denormalise(self, plan: Tensor) -> Tensor:
-        """Undo `normalise`: the planner's sample -> z_sem for the painter."""
-        return plan * self.std + self.mean
-
-    @torch.no_grad()
-    def set_feature_statistics(self, features: Tensor):
-        """Measure the features' mean and deviation per channel on (B, d, S, hs, ws)."""
-        flat = features.float().movedim(1, -1).flatten(0, -2)  # (B S hs ws, d)
-        self.feature_mean.copy_(flat.mean(0))
-        self.feature_std.copy_(flat.std(0) + 1e-6)
-
-    @torch.no_grad()
-    def set_statistics(self, features: Tensor):
-        """Measure z_sem's mean and deviation per channel, sampling noise included, on features."""
-        mean, log_variance = (x.transpose(0, 1).flatten(1) for x in self.posterior(features))
-        variance = mean.var(1) + log_variance.exp().mean(1)
-        self.mean.copy_(mean.mean(1).view_as(self.mean))
-        self.std.copy_(variance.sqrt().view_as(self.std))
+    return ENCODERS[kind].describe(weights, settings)

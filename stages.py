@@ -33,7 +33,8 @@ class VAELoss(nn.ModuleDict):
         super().__init__(run.build("vae"))
         self.dataset, self.device, data = dataset, run.device, dataset.config
         self.batch = run.config.stages.vae.batch
-        self.grid = (self["vae"].channels, *self["vae"].grid(data.frames, data.height, data.width))
+        vae = run.config.vae
+        self.grid = (vae.channels, *vae.grid(data.frames, data.height, data.width))
         self.tokens = math.prod(self.grid[1:])  # of a clip
 
     def indices(self, rng: torch.Generator) -> Tensor:
@@ -59,7 +60,7 @@ class CaptionLoss(nn.ModuleDict):
         self.dataset, self.device, data = dataset, run.device, dataset.config
         self.batch = run.config.stages.encoder.batch
         low_rate = (data.semantic_frames, data.semantic_height, data.semantic_width)
-        self.tokens = math.prod(self["encoder"].grid(*low_rate))
+        self.tokens = math.prod(run.config.encoder.grid(*low_rate))
 
     def indices(self, rng: torch.Generator) -> Tensor:
         """Draw the clips of a batch, (B,), with repetition."""
@@ -151,7 +152,7 @@ class DiffusionLoss(nn.ModuleDict):
         }
         if self.stage != "base":
             inputs["features"] = cut(self.clips.features(indices)).to(self.device)
-            plan = (config.batch, self.compressor.channels, *inputs["features"].shape[2:])
+            plan = (config.batch, self.compressor.config.channels, *inputs["features"].shape[2:])
             inputs["plan_noise"] = normal(*plan)
         if self.stage == "latent":
             inputs["level"], inputs["perturbation"] = normal(config.batch), normal(*plan)

@@ -16,10 +16,20 @@ from plumbing.files import UserError, require
 from plumbing.weights import check_tensors, digest, loading, locate, read_settings, tensor_files
 
 
-class TextEncoder(Protocol):
-    """What a text encoder offers: `dim`, the width of its tokens, and `encode`."""
+class TextConfig(Protocol):
+    """What the configuration of a text encoder says."""
 
-    dim: int
+    words: int  # L: tokens read of a text; what comes after is ignored
+    dim: int  # width of a token
+
+
+class TextEncoder(Protocol):
+    """What a text encoder offers."""
+
+    config: TextConfig
+
+    def count(self, text: str) -> int:
+        """Return how many tokens a text has; of more than config.words, the first are read."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return float32 tokens (B, L, dim) of B strings; rows of padding are zero."""
@@ -62,6 +72,11 @@ def describe_text(weights: str) -> UMT5Config:
     return UMT5Config(weights, digest(set(files.values())), min(512, longest), dim)
 
 
+def cleaned(text: str) -> str:
+    """Return a text without line ends, doubled spaces and what no tokenizer takes."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())  # no lone surrogates
+
+
 class UMT5(nn.Module):
     """umT5, or another text encoder that transformers can load (T5, BERT, ...); extra `text`.
 
@@ -71,7 +86,7 @@ class UMT5(nn.Module):
     def __init__(self, config: UMT5Config, device: torch.device | str = "cpu"):
         """Load weights and tokenizer. UserError if either is not readable."""
         super().__init__()
-        self.config, self.dim = config, config.dim
+        self.config = config
         transformers = require("transformers", "text")
         encoder, tokenizer = text_folders(config.weights)
         random = torch.random.fork_rng(devices=[])  # the caller's random numbers are not touched
@@ -89,19 +104,22 @@ class UMT5(nn.Module):
         check_tensors(config.weights, report, r"(pooler|decoder|lm_head|cls)\.")
         self.to(device).eval().requires_grad_(False)
 
+    def count(self, text: str) -> int:
+        """Return how many tokens a text has, </s> included; config.words of them are read."""
+        text = cleaned(text)
+        return len(self.tokenizer(text).input_ids) if text else 0
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return tokens (B, L, dim) float32; rows of padding, and all of an empty string's, are 0.
 
         One text at a time: without padding, and no text depends on its company.
         """
-        tokens = torch.zeros(len(texts), self.config.words, self.dim, device=self.model.device)
-        for row, text in zip(tokens, texts, strict=True):
-            text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no text to them
-            if text := " ".join(text.split()):
-                ids = self.tokenizer(
-                    text, truncation=True, max_length=self.config.words, return_tensors="pt"
-                )
+        words, dim = self.config.words, self.config.dim
+        tokens = torch.zeros(len(texts), words, dim, device=self.model.device)
+        for row, text in zip(tokens, map(cleaned, texts), strict=True):
+            if text:
+                ids = self.tokenizer(text, truncation=True, max_length=words, return_tensors="pt")
                 hidden = self.model(**ids.to(self.model.device)).last_hidden_state[0]  # (l, dim)
                 row[: len(hidden)] = hidden.float()
         return tokens

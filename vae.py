@@ -19,13 +19,22 @@ from plumbing.files import UserError, require
 from plumbing.weights import check_tensors, digest, loading, locate, read_settings, tensor_files
 
 
-class VideoVAE(Protocol):
-    """What a VAE offers: `channels` C, the `grid` of its latents, `encode` and `decode`."""
+class VAEConfig(Protocol):
+    """What the configuration of a VAE says."""
 
-    channels: int
+    channels: int  # C
+    time_patch: int  # frames per latent frame, after the first ones
+    space_patch: int  # pixels per latent position, each way
+    first: int  # frames at the start that are a latent frame by themselves
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (T, h, w) for a video of that size; ValueError if it does not divide."""
+        """Return (T, h, w) for a video of that size; ValueError names the sizes that fit."""
+
+
+class VideoVAE(Protocol):
+    """What a VAE offers."""
+
+    config: VAEConfig
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance (B, C, T, h, w) of normalised latents."""
@@ -38,6 +47,17 @@ class VideoVAE(Protocol):
 
     def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the same video piece by piece, so that not all of it is in memory."""
+
+
+def normalise_posterior(
+    posterior: tuple[Tensor, Tensor], mean: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return mean and log-variance of (x - mean) / std, float32, for an x of that posterior.
+
+    posterior: mean and log-variance (B, C, T, h, w); mean, std: of each channel, (C, 1, 1, 1).
+    """
+    middle, log_variance = (x.float() for x in posterior)
+    return (middle - mean) / std, log_variance - 2 * std.log()
 
 
 # --- a released VAE -----------------------------------------------------------------------------
@@ -114,7 +134,7 @@ class WanVAE(nn.Module):
     def __init__(self, config: WanVAEConfig, device: torch.device | str = "cpu"):
         """Load the weights. UserError if they are not readable or not complete."""
         super().__init__()
-        self.config, self.channels = config, config.channels
+        self.config = config
         diffusers = require("diffusers", "wan")
         folder = vae_folder(config.weights).rstrip("/")
         random = torch.random.fork_rng(devices=[])  # the caller's random numbers are not touched
@@ -136,17 +156,12 @@ class WanVAE(nn.Module):
             self.register_buffer(name, values.view(-1, 1, 1, 1))
         self.to(device).eval().requires_grad_(False)
 
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (T, h, w) = ((F - 1) / 4 + 1, H / 8, W / 8); ValueError names what fits."""
-        return self.config.grid(frames, height, width)
-
     @torch.no_grad()
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of normalised latents, (B, C, T, h, w) float32."""
-        self.grid(*video.shape[2:])
-        found = self.model.encode(video.to(self.model.dtype)).latent_dist
-        mean, log_variance = found.mean.float(), found.logvar.float()
-        return (mean - self.mean) / self.std, log_variance - 2 * self.std.log()
+        self.config.grid(*video.shape[2:])  # diffusers would drop what does not fit
+        raw = self.model.encode(video.to(self.model.dtype)).latent_dist
+        return normalise_posterior((raw.mean, raw.logvar), self.mean, self.std)
 
     def encode(self, video: Tensor) -> Tensor:
         """Return normalised latents: (B, 3, F, H, W) in [-1, 1] -> (B, C, T, h, w) float32."""

@@ -101,8 +101,8 @@ def decode(seconds: float, connection):
     vae = TinyVAE(config.vae).eval()
 
     def write(frames: int, folder: str):
-        grid = vae.grid(frames, config.data.height, config.data.width)
-        latents = torch.randn(1, vae.channels, *grid)
+        grid = config.vae.grid(frames, config.data.height, config.data.width)
+        latents = torch.randn(1, config.vae.channels, *grid)
         write_video(Path(folder) / "x.mp4", decode_pieces(vae, latents), config.data.fps)
 
     with tempfile.TemporaryDirectory() as folder:

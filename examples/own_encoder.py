@@ -39,7 +39,7 @@ class EfficientNet(nn.Module):
 
     def __init__(self, config: PretrainedEncoderConfig, device: torch.device | str = "cpu"):
         super().__init__()
-        self.config, self.dim = config, config.dim
+        self.config = config
         library = require("efficientnet_lite_pytorch", "examples")
         self.net = library.EfficientNet.from_name("efficientnet-lite0")
         self.net.load_state_dict(load_file(locate(config.weights, "model.safetensors")))
@@ -54,10 +54,6 @@ class EfficientNet(nn.Module):
         return PretrainedEncoderConfig(
             kind=KIND, weights=weights, digest=digest([file]), dim=2 * 1280, patch=32
         )
-
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (S, hs, ws) = (frames / 2, height / 32, width / 32); ValueError otherwise."""
-        return self.config.grid(frames, height, width)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:

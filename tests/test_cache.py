@@ -116,8 +116,8 @@ def test_no_text_is_padding_alone(tmp_path, run, folder):
     """Tokens are kept without the padding, and get it back."""
     found = made(folder, tmp_path, run)
     shard = load_file(tmp_path / "shards/00000-0000.safetensors")
-    assert shard["0.text"].shape == (1, run.text.dim)  # "a"
-    assert found.text([0]).shape == (1, run.config.text.words, run.text.dim)
+    assert shard["0.text"].shape == (1, run.config.text.dim)  # "a"
+    assert found.text([0]).shape == (1, run.config.text.words, run.config.text.dim)
 
 
 def test_memory_offers_the_same_of_the_world(run):

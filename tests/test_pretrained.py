@@ -234,7 +234,7 @@ def test_the_tower_is_that_of_transformers(tower, reference, size):
     video = random_video(*size)
     features = tower.encode(to_float(video))
     B, frames, height, width = size
-    assert features.shape == (B, 48, *tower.grid(frames, height, width)) and tower.dim == 48
+    assert features.shape == (B, 48, *tower.config.grid(frames, height, width))
     assert features.dtype == torch.float32 and features.std() > 0.1
     assert_close(features, library_features(reference, video), 1e-4)
 
@@ -384,7 +384,7 @@ def test_the_tower_is_frozen(checkpoint, tower):
 
 @pytest.mark.parametrize("size", [(3, 56, 56), (0, 56, 56), (2, 54, 56), (2, 56, 70)])
 def test_a_size_that_does_not_divide_is_refused(tower, size):
-    for attempt in (tower.grid, lambda *size: tower.encode(torch.zeros(1, 3, *size))):
+    for attempt in (tower.config.grid, lambda *size: tower.encode(torch.zeros(1, 3, *size))):
         with pytest.raises(ValueError, match="pairs of frames and multiples of 28 pixels"):
             attempt(*size)
 
@@ -612,7 +612,7 @@ def test_vjepa2_is_that_of_transformers(vjepa2):
     expected = tokens.view(2, 3, 4, 4, 48).movedim(-1, 1)
     encoder = load_vjepa2(folder)
     features = encoder.encode(to_float(video))
-    assert features.shape[2:] == encoder.grid(6, 64, 64) and encoder.dim == 48
+    assert features.shape[2:] == encoder.config.grid(6, 64, 64)
     assert_close(features, expected, 1e-4)
     assert_close(load_vjepa2(folder, chunk=8).encode(to_float(video)), expected, 1e-4)
 
@@ -697,7 +697,7 @@ def test_what_is_wrong_with_vjepa2_is_one_line(tmp_path, vjepa2, spoil, words):
 def test_a_damaged_shard_of_vjepa2_is_one_line(tmp_path, vjepa2):
     vjepa2[1].save_pretrained(tmp_path, max_shard_size="100KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[0]
-    assert load_vjepa2(tmp_path).dim == 48
+    assert load_vjepa2(tmp_path).config.dim == 48
     cut(shard)
     with refused(str(tmp_path)):
         load_vjepa2(tmp_path)
@@ -741,7 +741,7 @@ def test_latents_are_those_of_diffusers_normalised(wan, vae):
     video = to_float(random_video(2, 9, 32, 48))
     latents = vae.encode(video)
     expected = (wan[1].encode(video).latent_dist.mode() - per_channel(MEAN)) / per_channel(STD)
-    assert latents.shape == (2, 4, *vae.grid(9, 32, 48)) == (2, 4, 3, 4, 6)
+    assert latents.shape == (2, 4, *vae.config.grid(9, 32, 48)) == (2, 4, 3, 4, 6)
     assert_close(latents, expected, 1e-5)
 
 
@@ -818,14 +818,14 @@ def test_the_vae_looks_back_alone(vae):
     ids=lambda x: str(x),
 )
 def test_frames_that_would_be_dropped_are_refused(vae, size, near):
-    for attempt in (vae.grid, lambda *size: vae.encode(torch.zeros(1, 3, *size))):
+    for attempt in (vae.config.grid, lambda *size: vae.encode(torch.zeros(1, 3, *size))):
         with pytest.raises(ValueError, match=rf"4k \+ 1 frames \(such as {near}\)"):
             attempt(*size)
 
 
 @pytest.mark.parametrize("size", [(5, 20, 16), (5, 16, 60)], ids=["height", "width"])
 def test_pixels_that_would_be_dropped_are_refused(vae, size):
-    for attempt in (vae.grid, lambda *size: vae.encode(torch.zeros(1, 3, *size))):
+    for attempt in (vae.config.grid, lambda *size: vae.encode(torch.zeros(1, 3, *size))):
         with pytest.raises(ValueError, match="multiples of 8 pixels"):
             attempt(*size)
 
@@ -1019,7 +1019,7 @@ def test_tokens_are_those_of_transformers_on_a_padded_batch(text):
     hidden = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
     expected = hidden * mask[:, :, None]
     expected[[1, 4]] = 0  # the null text of guidance, whatever the library makes of it
-    assert tokens.shape == (6, 12, 32) and encoder.dim == 32 and tokens.dtype == torch.float32
+    assert tokens.shape == (6, 12, 32) and tokens.dtype == torch.float32
     assert_close(tokens, expected, 1e-5)
     lengths = mask.sum(1) * torch.tensor([1, 0, 1, 1, 0, 1])
     assert tokens.any(-1).sum(1).tolist() == lengths.tolist()
@@ -1119,7 +1119,7 @@ WRONG_TEXT = {
 
 @pytest.mark.parametrize(("spoil", "words"), WRONG_TEXT.values(), ids=WRONG_TEXT)
 def test_what_is_wrong_with_a_text_encoder_is_one_line(pipeline, spoil, words):
-    assert load_text(pipeline).dim == 32
+    assert load_text(pipeline).config.dim == 32
     spoil(pipeline)
     with refused(str(pipeline), *words):
         load_text(pipeline)

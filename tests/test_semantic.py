@@ -22,7 +22,7 @@ from run import Run
 from semantic import Compressor, CompressorConfig
 from toy.encoder import Captioner, TinyEncoder, TinyEncoderConfig
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+CHOICES = (Path(__file__).parents[1] / "docs/choices.md").read_text(encoding="utf-8")
 SMALL = TinyEncoderConfig(dim=32, blocks=2, heads=2, caption_blocks=2, caption_words=6)
 VOCABULARY = ["a", "red", "blue", "circle", "moves", "left", "and", "cross"]
 CAPTIONS = ["a red circle moves left", "a blue cross", "a", "blue and red and blue and red and a"]
@@ -58,12 +58,12 @@ def compressor(**fields) -> Compressor:
 
 
 def test_the_published_and_documented_numbers_are_the_defaults():
-    """K = 8 is best in the paper's Table 3; the others are README's, and 256 are hidden."""
+    """K = 8 is best in the paper's Table 3; the others are those of the table of choices."""
     config = CompressorConfig()
     made = Compressor(12, config)
     assert [tuple(p.shape) for p in made.parameters()] == [(256, 12), (256,), (16, 256), (16,)]
-    assert made.channels == config.channels == 8
-    rows = dict(re.findall(r"^\| ([^|]+) \| (.+?) \| `compressor\.\w+` \|$", README, re.M))
+    assert made.config.channels == config.channels == 8
+    rows = dict(re.findall(r"^\| ([^|]+) \| (.+?) \| `compressor\.\w+` \|$", CHOICES, re.M))
     assert rows.pop("KL weight").startswith("3e-5 on nats per token") and config.kl_weight == 3e-5
     assert rows.pop("log-variance at the start") == "-4" and config.log_variance == -4
     assert rows.pop("noise on z_sem").startswith("0.2 abs(N(0, 1))") and config.noise == 0.2
@@ -222,15 +222,15 @@ def clips(B: int = 2, frames: int = 4, height: int = 16, width: int = 24, seed: 
 
 def test_features_lie_on_the_grid():
     encoder = TinyEncoder(SMALL)
-    assert encoder.grid(4, 16, 24) == (2, 2, 3)
+    assert encoder.config.grid(4, 16, 24) == (2, 2, 3)
     found = encoder.encode(clips())
-    assert found.shape == (2, encoder.dim, 2, 2, 3) and found.dtype == torch.float32
+    assert found.shape == (2, encoder.config.dim, 2, 2, 3) and found.dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [(3, 16, 16), (0, 16, 16), (2, 12, 16), (2, 16, 20)])
 def test_a_size_that_does_not_divide_is_refused(size):
     message = f"{size[0]} frames, {size[1]} x {size[2]}: .* pairs of frames and multiples of 8 "
-    for refuse in (TinyEncoder(SMALL).grid, lambda *s: TinyEncoder(SMALL).encode(clips(1, *s))):
+    for refuse in (SMALL.grid, lambda *s: TinyEncoder(SMALL).encode(clips(1, *s))):
         with pytest.raises(ValueError, match=message):
             refuse(*size)
 

@@ -305,7 +305,7 @@ def test_statistics_normalise_latents_and_plans(trained):
     generator = torch.Generator().manual_seed(0)
     plans = []
     for _ in range(200):
-        noise = torch.randn(8, compressor.channels, *features.shape[2:], generator=generator)
+        noise = torch.randn(8, compressor.config.channels, *features.shape[2:], generator=generator)
         plans.append(compressor.normalise(compressor(features, noise)[0].detach()))
     plans = torch.cat(plans).transpose(0, 1).flatten(1)
     assert plans.mean(1).abs().max() < 0.05
@@ -510,8 +510,8 @@ def test_the_kl_by_hand(tmp_path):
 
 def surely(compressor: nn.Module):
     """Make the deviation of a compressor's plans almost zero: a plan is its mean."""
-    compressor.mlp[2].weight[compressor.channels :].zero_()
-    compressor.mlp[2].bias[compressor.channels :] = -20.0
+    compressor.mlp[2].weight[compressor.config.channels :].zero_()
+    compressor.mlp[2].bias[compressor.config.channels :] = -20.0
 
 
 def test_plans_are_shown_with_noise_of_another_size_for_each_sample(tmp_path):
@@ -552,7 +552,7 @@ def test_the_noise_on_plans_is_of_their_deviation_at_that_moment(tmp_path, monke
 def test_the_planner_learns_normalised_plans(tmp_path):
     run = one_clip(tmp_path, "semantic", 50)
     compressor = run.painter["compressor"]
-    compressor.mean += torch.arange(compressor.channels).reshape(-1, 1, 1, 1)
+    compressor.mean += torch.arange(compressor.config.channels).reshape(-1, 1, 1, 1)
     compressor.std *= 2.5
     surely(compressor)
     _, logs, modules = shown(run, "semantic")

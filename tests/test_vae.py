@@ -60,7 +60,7 @@ def test_patches_alone_go_back_to_the_video(T, h, w, time_patch, space_patch):
     if 3 * time_patch * space_patch**2 % 2:  # the halves of a patch stand for mean and log-variance
         video = torch.cat([video, video], 1)
     halves = torch.cat(vae.raw_posterior(video), 1)
-    assert halves.shape[2:] == vae.grid(*video.shape[2:]) == (T, h, w)
+    assert halves.shape[2:] == vae.config.grid(*video.shape[2:]) == (T, h, w)
     assert vae.reconstruct(halves).equal(video)
 
 
@@ -88,7 +88,7 @@ def test_a_latent_sees_its_own_patch_and_paints_it():
 def test_a_size_that_does_not_divide_is_refused(size):
     message = f"video of {size[0]} frames, {size[1]} x {size[2]}: .* multiples of 2 frames and 4 "
     with pytest.raises(ValueError, match=message):
-        TinyVAE(SMALL).grid(*size)
+        SMALL.grid(*size)
     with pytest.raises(ValueError, match=message):
         TinyVAE(SMALL).encode(torch.zeros(1, 3, *size))
 

@@ -41,7 +41,7 @@ class TinyEncoder(nn.Module):
     def __init__(self, config: TinyEncoderConfig):
         super().__init__()
         self.config = config
-        self.dim = dim = config.dim
+        dim = config.dim
         self.stem = nn.Sequential(
             nn.Conv2d(6, dim // 4, 3, stride=2, padding=1),
             nn.GELU(),
@@ -59,10 +59,6 @@ class TinyEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
 
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (S, hs, ws); ValueError names the multiples that fit."""
-        return self.config.grid(frames, height, width)
-
     def forward(self, video: Tensor) -> Tensor:
         """Return features with gradient: (B, 3, F, H, W) in [-1, 1] -> (B, d, S, hs, ws)."""
         frames = 2 * self.config.span if self.config.span else video.shape[2]
@@ -70,7 +66,7 @@ class TinyEncoder(nn.Module):
 
     def _read(self, video: Tensor) -> Tensor:
         """Do the same for a stretch of video, whose time starts at 0."""
-        pairs, height, width = self.grid(*video.shape[2:])
+        pairs, height, width = self.config.grid(*video.shape[2:])
         x = self.stem(rearrange(video, "b c (s two) h w -> (b s) (two c) h w", two=2))
         x = rearrange(x, "(b s) d h w -> b (s h w) d", s=pairs)
         x = x + self.positions(self._waves(pairs, height, width)).to(x)

@@ -48,16 +48,20 @@ class HashText:
 
     def __init__(self, config: HashTextConfig):
         self.config = config
-        self.dim = config.dim
+
+    def count(self, text: str) -> int:
+        """Return how many words a text has; of more than config.words, the first are read."""
+        return len(text.split())
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return tokens (B, L, dim), float32. Case is ignored; an empty string is all zeros."""
-        tokens = torch.zeros(len(texts), self.config.words, self.dim)
+        dim = self.config.dim
+        tokens = torch.zeros(len(texts), self.config.words, dim)
         for row, text in zip(tokens, texts, strict=True):
             words = text.lower().split()[: self.config.words]
             for place, word in enumerate(words):
-                vector = word_vector(word, self.dim) + piece_vector(f"place {place}", self.dim)
+                vector = word_vector(word, dim) + piece_vector(f"place {place}", dim)
                 for k in range(1, min(self.config.before, place) + 1):
-                    vector = vector + piece_vector(f"{k} before: {words[place - k]}", self.dim)
+                    vector = vector + piece_vector(f"{k} before: {words[place - k]}", dim)
                 row[place] = torch.from_numpy(vector)
         return tokens

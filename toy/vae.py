@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from semantic import gaussian_kl
+from vae import normalise_posterior
+
 
 @dataclass(frozen=True)
 class TinyVAEConfig:
@@ -73,7 +76,6 @@ class TinyVAE(nn.Module):
     def __init__(self, config: TinyVAEConfig):
         super().__init__()
         self.config = config
-        self.channels = config.channels
         pixels = 3 * config.time_patch * config.space_patch**2
         width = config.width
 
@@ -87,13 +89,9 @@ class TinyVAE(nn.Module):
         self.register_buffer("mean", torch.zeros(config.channels, 1, 1, 1))
         self.register_buffer("std", torch.ones(config.channels, 1, 1, 1))
 
-    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return (T, h, w); ValueError names the multiples that fit."""
-        return self.config.grid(frames, height, width)
-
     def raw_posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance (B, C, T, h, w) of the raw latents, before normalisation."""
-        self.grid(*video.shape[2:])
+        self.config.grid(*video.shape[2:])
         time, space = self.config.time_patch, self.config.space_patch
         patches = rearrange(
             video, "b c (t r) (h p) (w q) -> b (c r p q) t h w", r=time, p=space, q=space
@@ -120,7 +118,7 @@ class TinyVAE(nn.Module):
     def loss(self, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L1 + L2 + KL loss and what to log. noise: (B, C, T, h, w), N(0, 1)."""
         mean, log_variance = (x.float() for x in self.raw_posterior(video))
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        kl = gaussian_kl(mean, log_variance).mean()
         error = self.reconstruct(mean + noise * (0.5 * log_variance).exp()).float() - video
         l2 = error.square().mean()
         loss = error.abs().mean() + l2 + self.config.kl_weight * kl
@@ -136,8 +134,7 @@ class TinyVAE(nn.Module):
     @torch.no_grad()
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of normalised latents, (B, C, T, h, w) float32."""
-        mean, log_variance = (x.float() for x in self.raw_posterior(video))
-        return (mean - self.mean) / self.std, log_variance - 2 * self.std.log()
+        return normalise_posterior(self.raw_posterior(video), self.mean, self.std)
 
     def encode(self, video: Tensor) -> Tensor:
         """Return normalised latents: (B, 3, F, H, W) in [-1, 1] -> (B, C, T, h, w) float32."""

@@ -23,24 +23,24 @@ PAGES = {
 TEXT = "\n".join(PAGES.values())
 DRAWING = (ROOT / "assets" / "stages.svg").read_text()
 MODULES = [p for folder in (".", "toy", "plumbing") for p in (ROOT / folder).glob("[!_]*.py")]
-THEIRS = (
-    "clips/",
-    "samples/",
-    "runs/",
-    "one.txt",
-    "thumbnails.py",
-    "loss.png",
-)  # files of a reader's own
+# Files of a reader's own.
+THEIRS = ("clips/", "samples/", "runs/", "one.txt", "thumbnails.py", "loss.png")
 
 SYMBOLS = sorted(set(re.findall(r"\b([\w/]+)\.py::([\w.]+)", TEXT + DRAWING)))
 FILES = sorted(set(re.findall(r"(?:\.\./)*\w[\w/-]*\.(?:py|txt|png|svg|toml)\b", TEXT)))
 FIELDS = sorted(set(re.findall(rf"`((?:{'|'.join(vars(tiny()))})\.(?!py\b)[\w.*]+)`", TEXT)))
 LINKS = [
     (page, target)
-    for page, text in PAGES.items()
-    for target in re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', text)
+    for page, content in PAGES.items()
+    for target in re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', content)
     for target in target
     if target and not target.startswith("https://")
+]
+PROTOCOLS = [
+    found
+    for module in map(importlib.import_module, ("vae", "semantic", "text"))
+    for found in vars(module).values()
+    if getattr(found, "_is_protocol", False) and found.__module__ == module.__name__
 ]
 
 
@@ -61,7 +61,7 @@ def anchors(text: str) -> set[str]:
 
 def test_there_is_something_to_check():
     assert len(SYMBOLS) > 30 and len(FIELDS) > 15 and len(LINKS) > 15 and len(FILES) > 25
-    assert len(shown_commands()) > 20
+    assert len(shown_commands()) > 20 and len(PROTOCOLS) == 6
 
 
 def test_readme_is_short():
@@ -99,6 +99,15 @@ def test_link_leads_somewhere(page, target):
 def test_readme_links_every_page():
     for page in PAGES.keys() - {"README.md"}:
         assert f"]({page})" in PAGES["README.md"]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_contracts_name_all_that_a_protocol_asks_for(protocol):
+    page, module = PAGES["docs/contracts.md"], protocol.__module__
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{module}.py::"))
+    members = {*protocol.__annotations__, *vars(protocol)}
+    for name in (name for name in members if not name.startswith("_")):
+        assert re.search(rf"\b{name}\b", row), f"{protocol.__name__}.{name}"
 
 
 def test_every_module_is_in_the_list_of_files():

@@ -32,13 +32,14 @@ from tqdm import tqdm
 import sample
 from config import PRESETS, STAGES, Config, StageConfig, override, preset
 from data import Folder, to_float, to_uint8
-from plumbing.cache import Cache, Memory, precompute
+from plumbing.cache import Cache, Memory
 from plumbing.device import computing, matmul_speed
 from plumbing.files import UserError, check_target, command, require
 from plumbing.metrics import Metrics
 from plumbing.processes import Team, get_state, local, set_state, shared_like, whole
 from plumbing.seeds import piece_seed
 from plumbing.sheet import contact_sheet
+from prepare import cache_parts, check_cache, clips_in_memory, encode_folder
 from run import FLAGS, Run, add_part_flags, check_weights_named, parts_from_flags
 from stages import stage_loss
 from swin import fitting_window
@@ -63,14 +64,14 @@ def encoded(
     A folder's go to a cache in the run's own folder first; of the world the first `clips` are used.
     """
     if isinstance(dataset, World):
-        return Memory(run, dataset, min(clips, len(dataset)))
+        return clips_in_memory(run, dataset).first(min(clips, len(dataset)))
     if isinstance(dataset, Folder):
         team = team or Team()
-        precompute(dataset.path, run.path / "cache", run, rank=team.rank, processes=team.size)
-        run.unload()
+        cache = run.path / "cache"
+        encode_folder(run, dataset.path, cache, rank=team.rank, processes=team.size)
         team.wait()
-        dataset = Cache(run.path / "cache")
-    dataset.check(run)
+        dataset = Cache(cache)
+    check_cache(dataset, run)
     return dataset
 
 
@@ -489,7 +490,7 @@ def configured(args: argparse.Namespace, out: Path, cache: Cache | None) -> Conf
         old = Run.open(out)
         parts = {part: getattr(old.config, part) for part in FLAGS if old.released(part)}
     if cache:
-        parts |= cache.parts()
+        parts |= cache_parts(cache)
     settings = list(args.settings)
     if args.steps is not None:
         if args.steps < 1:
@@ -555,7 +556,7 @@ def main():
     if cache:
         if pixels := [stage for stage in stages if stage in ("vae", "encoder")]:
             raise UserError(f"{args.data} has no pixels: train {pixels[0]} on the folder of videos")
-        cache.check(run)
+        check_cache(cache, run)
     try:
         data = config.data
         dataset = cache or (Folder(args.data, data) if args.data else World(data, "train"))

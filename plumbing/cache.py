@@ -2,233 +2,82 @@
 
 In both stages VAE, semantic encoder and text encoder are frozen (Sec. 3.2, 3.3), so that training
 needs none of them once their outputs are here. `Memory` keeps those of the synthetic world, `Cache`
-reads those of a folder of videos, which `precompute` writes:
+reads those of a folder of videos:
 
-    CACHE/cache.json                     what made it: fields and digests, and their hash
-          groups/00012.json              a finished group of videos: its clips and what was skipped
-          shards/00012-0003.safetensors  clips 96 to 127 of that group
-          parts/                         clips of unfinished groups, one each; gone in the end
+    CACHE/cache.json                    the key (what decides how clips are encoded), the parts, the
+                                        shapes, and the videos: names and captions
+          videos/NAME-HASH.safetensors  all clips of one video, or the reason why it was skipped
 
-A group is GROUP videos that follow one another in the folder's list. Groups are shared out among
-processes. Neither their number nor being killed at any moment changes a byte of what comes out: a
-clip is written whole or not at all, encoded alone, and never encoded again.
+A video's file is written whole: what is there is done. Neither the number of processes nor being
+killed at any moment changes a byte of what comes out. The file says what it was made of, so that a
+video that has changed is encoded anew, and a new one costs no more than itself.
 """
 
+import copy
 import hashlib
 import json
-import math
-from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, check_values
-from data import clips_of, list_videos, to_float
-from plumbing.device import computing
-from plumbing.fields import build_field, flat_fields
-from plumbing.files import UserError, read_json, write_file
-from plumbing.weights import tensor_names
-from run import FLAGS, Run
-from toy.world import World
+from plumbing.fields import differences
+from plumbing.files import UserError, first_line, read_json, sweep, write_file
+from plumbing.weights import digest
 
-FORMAT = 1  # of the folder; raised when older ones can no longer be read
-GROUP = 16  # videos
-CLIPS = 32  # in a shard
-CHUNK = 128  # clips encoded at a time in memory
-
-
-# --- in memory ----------------------------------------------------------------------------------
+FORMAT = 2  # of the folder; raised when older ones can no longer be read
+CHUNK = 32  # clips of the world encoded at a time
+AGAIN = "run prepare.py precompute again"
+Encoders = Mapping[str, Callable[..., Tensor]]
 
 
 class Memory:
-    """The first clips of the synthetic world, encoded by a run's parts when first asked for."""
+    """Clips of the synthetic world, encoded in chunks when first asked for, and kept."""
 
-    def __init__(self, run: Run, world: World, clips: int):
-        self._encoded = lambda what: encode_world(run, world, clips, what)
-        self._clips, self._captions = clips, world.captions
+    def __init__(
+        self, clips: int, captions: Callable[[Sequence[int]], list[str]], encode: Encoders
+    ):
+        """encode: indices -> "latents" (B, 2, C, T, h, w), "features" and "text"."""
+        self._clips, self.captions, self._encode = clips, captions, encode
+        self._chunks: dict[tuple[str, int], Tensor] = {}
 
     def __len__(self) -> int:
         return self._clips
 
-    def captions(self, indices: Sequence[int]) -> list[str]:
-        return self._captions(indices)
+    def first(self, clips: int) -> "Memory":
+        """Return so many clips, fewer than these or more; they share what is encoded."""
+        other = copy.copy(self)
+        other._clips = clips
+        return other
 
     def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of the latents, (B, C, T, h, w) float32."""
-        return tuple(x.float() for x in self._encoded("latents")[indices].unbind(1))
+        return self._rows("latents", indices).unbind(1)
 
     def features(self, indices: Sequence[int]) -> Tensor:
         """Return semantic features, (B, d, S, hs, ws) float32."""
-        return self._encoded("features")[indices].float()
+        return self._rows("features", indices)
 
     def text(self, indices: Sequence[int]) -> Tensor:
-        """Return the captions' tokens, (B, L, dim) float32."""
-        return self._encoded("text")[indices]
+        """Return the captions' tokens with their padding, (B, L, dim) float32."""
+        return self._rows("text", indices)
+
+    def _rows(self, kind: str, indices: Sequence[int]) -> Tensor:
+        places = [divmod(int(i), CHUNK) for i in indices]
+        missing = sorted({c for c, _ in places if (kind, c) not in self._chunks})
+        for c in tqdm(missing, f"encoding {kind}", leave=False, disable=len(missing) < 2):
+            whole = range(c * CHUNK, (c + 1) * CHUNK)  # alike, whichever clips are asked for first
+            self._chunks[kind, c] = self._encode[kind](whole)
+        return torch.stack([self._chunks[kind, c][row] for c, row in places]).float()
 
 
-@lru_cache(maxsize=4)
-def encode_world(run: Run, world: World, clips: int, what: str) -> Tensor:
-    """Return "latents" (N, 2, C, T, h, w), "features" (N, d, S, hs, ws) or "text" (N, L, dim)."""
-    out = []
-    part = {"latents": "vae", "features": "encoder", "text": "text"}[what]
-    dtype = "float32" if run.released(part) else run.config.dtype  # released ones have their own
-    for start in tqdm(range(0, clips, CHUNK), f"encoding {what}", unit="chunk", leave=False):
-        indices = range(start, min(start + CHUNK, clips))
-        with computing(run.device, dtype):
-            if what == "text":
-                out.append(run.text.encode(world.captions(indices)).cpu())
-            elif what == "latents":
-                video = to_float(world.batch(indices).video).to(run.device)
-                out.append(torch.stack(run.vae.posterior(video), 1).cpu())
-            else:
-                video = to_float(world.semantic_video(indices)).to(run.device)
-                out.append(run.encoder.encode(video).bfloat16().cpu())
-    return torch.cat(out)
-
-
-# --- on disk: writing ---------------------------------------------------------------------------
-
-
-def precompute(
-    folder: Path,
-    out: Path,
-    run: Run,
-    dtype: str = "bfloat16",
-    rank: int = 0,
-    processes: int = 1,
-    say: Callable[[str], None] = print,
-):
-    """Encode a folder of videos with a run's parts into a cache; goes on where it was stopped.
-
-    dtype: of what is stored. rank, processes: this process's share. UserError if `out` was made
-    from other videos, or with other parts, rates or sizes.
-    """
-    for stage in ("vae", "encoder"):
-        if not run.released(stage) and not run.has(stage):
-            raise UserError(f"{run.path} has no {stage} yet: train --stage {stage} first")
-    videos = list_videos(folder)
-    listing = [(str(file.relative_to(folder)), text) for file, text in videos]
-    key = {**run.identity(), "stored": dtype, "videos": hash_of(listing)}
-    parts = {n: v for n, v in flat_fields(run.config).items() if n.split(".")[0] in PARTS}
-    groups = math.ceil(len(videos) / GROUP)
-    header = {"format": FORMAT, "hash": hash_of(key), "groups": groups, "key": key, "parts": parts}
-    if (out / "cache.json").exists():
-        refuse_other(out, read_header(out)["key"], key)
-    else:
-        write_file(out / "cache.json", json.dumps(header, indent=1).encode())
-
-    mine = range(rank, groups, processes)
-    for file in (out / "groups" / f"{g:05d}.json" for g in mine):
-        if file.exists():
-            read_group(file)  # or say now that it is damaged
-    total = sum(len(videos[g * GROUP : (g + 1) * GROUP]) for g in mine)
-    with tqdm(total=total, desc="encoding", unit="video", disable=not total) as bar:
-        for g in mine:
-            if not (out / "groups" / f"{g:05d}.json").exists():
-                encode_group(out, g, listing[g * GROUP : (g + 1) * GROUP], folder, run, dtype, bar)
-            else:
-                bar.update(len(listing[g * GROUP : (g + 1) * GROUP]))
-    finished = [out / "groups" / f"{g:05d}.json" for g in range(groups)]
-    if all(file.exists() for file in finished):  # by the process that comes last
-        for left in out.glob(".*.tmp"):  # of a killed one
-            left.unlink(missing_ok=True)
-        if (out / "parts").is_dir() and not any((out / "parts").iterdir()):
-            (out / "parts").rmdir()
-        summarise(out, [read_group(file) for file in finished], len(videos), say)
-
-
-def encode_group(
-    out: Path,
-    g: int,
-    videos: Sequence[tuple[str, str]],
-    folder: Path,
-    run: Run,
-    dtype: str,
-    bar: tqdm,
-):
-    """Encode what is missing of a group of (file, caption), then write its index."""
-    name = f"{g:05d}"
-    for left in out.glob(f"*/.{name}*.tmp"):  # of a killed process
-        left.unlink()
-    packed = 0  # clips in shards; the others, from here on, are parts or not there yet
-    for shard in sorted((out / "shards").glob(f"{name}-*.safetensors")):
-        packed += len({tensor.split(".")[0] for tensor in tensor_names(shard)})
-
-    clips, skipped, waiting = [], [], []  # waiting: parts that will be packed next
-    for v, (file, caption) in enumerate(videos):
-        found, parts, text = [], [], None
-        try:
-            for k, clip in enumerate(clips_of(folder / file, caption, run.config.data)):
-                found.append({"video": file, "clip": k, "caption": caption})
-                if len(clips) + k < packed:
-                    continue
-                parts.append(out / "parts" / f"{name}-{v:02d}-{k:05d}.safetensors")
-                if not parts[-1].exists():
-                    if text is None:
-                        text = run.text.encode([caption])[0]
-                        text = text[: int(text.any(1).sum())]  # without padding, whose rows are 0
-                    encoded = encode_clip(run, *clip, text, getattr(torch, dtype))
-                    write_file(parts[-1], save(encoded))
-        except UserError as error:
-            skipped.append([file, str(error).removeprefix(f"{folder / file}: ")])
-            bar.write(f"skipped {error}")
-            found, parts = [], []
-        clips, waiting = clips + found, waiting + parts
-        last = v == len(videos) - 1
-        while len(waiting) >= CLIPS or (waiting and last):
-            pack(out / "shards" / f"{name}-{packed // CLIPS:04d}.safetensors", waiting[:CLIPS])
-            packed, waiting = packed + len(waiting[:CLIPS]), waiting[CLIPS:]
-        bar.update()
-    for file in (out / "parts").glob(f"{name}-*.safetensors"):  # in shards now, or of no use
-        file.unlink()
-    index = {"clips": clips, "skipped": skipped}  # last: it says that the group is finished
-    write_file(out / "groups" / f"{name}.json", json.dumps(index, indent=1).encode())
-
-
-def pack(shard: Path, parts: Sequence[Path]):
-    """Put clips that are files of their own into one file."""
-    tensors = {}
-    for row, part in enumerate(parts):
-        try:
-            tensors |= {f"{row}.{kind}": x for kind, x in load_file(part).items()}
-        except SafetensorError as error:
-            raise UserError(f"{part} is damaged ({error}): remove it") from None
-    write_file(shard, save(tensors))
-
-
-@torch.no_grad()
-def encode_clip(
-    run: Run, video: Tensor, semantic_video: Tensor, text: Tensor, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Encode one clip, (3, F, H, W) and (3, Fs, Hs, Ws) uint8, beside its caption's tokens."""
-    mean, log_variance = run.vae.posterior(to_float(video[None]).to(run.device))
-    features = run.encoder.encode(to_float(semantic_video[None]).to(run.device))
-    found = {
-        "latents": mean[0],  # (C, T, h, w)
-        "log_variance": log_variance[0],
-        "features": features[0],  # (d, S, hs, ws)
-        "text": text,  # (l, dim)
-    }
-    return {name: x.to(dtype).cpu().contiguous() for name, x in found.items()}
-
-
-def summarise(out: Path, groups: Sequence[dict], videos: int, say: Callable[[str], None]):
-    """Tell how many clips a finished cache holds, and what was skipped and why."""
-    clips = sum(len(group["clips"]) for group in groups)
-    skipped = [entry for group in groups for entry in group["skipped"]]
-    say(f"{out}: {clips} clips of {videos} videos" + (", skipped:" if skipped else ""))
-    for file, reason in skipped:
-        say(f"  {file}: {reason}")
-
-
-# --- on disk: reading ---------------------------------------------------------------------------
-
-PARTS = ("data", *FLAGS)  # the components that decide what is in a cache
+# --- on disk: the file of one video -------------------------------------------------------------
 
 
 def hash_of(content) -> str:
@@ -237,135 +86,185 @@ def hash_of(content) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_header(path: Path) -> dict:
-    """Return cache.json; UserError if it is not one of this version, or was changed by hand."""
-    file = path / "cache.json"
+def video_file(cache: Path, name: str, caption: str) -> Path:
+    """Return where the clips of a captioned video are kept."""
+    readable = re.sub("[^a-zA-Z0-9]+", "-", name)[-60:].strip("-")
+    return cache / "videos" / f"{readable}-{hash_of([name, caption])}.safetensors"
+
+
+def files_of(video: Path) -> list[Path]:
+    """Return the files that a video consists of: itself, or those in a folder of frames."""
+    found = sorted(video.glob("[!.]*")) if video.is_dir() else [video]
+    return [file for file in found if file.is_file()]
+
+
+def stamp_of(video: Path) -> str:
+    """Return what stands for the names, sizes and times of a video's files."""
+    found = [(file.name, file.stat()) for file in files_of(video)]
+    return hash_of([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found])
+
+
+def open_video(cache: Path, header: dict, name: str, caption: str) -> tuple[safe_open, dict]:
+    """Open a video's file; return it and what it was made of. UserError if it is damaged."""
+    file = video_file(cache, name, caption)
+    try:
+        content = safe_open(file, "pt")
+        kinds = content.keys()
+        found = {kind: content.get_slice(kind).get_shape() for kind in kinds}
+        made_of = json.loads(content.metadata()["made_of"])
+        fits = made_of["key"] == hash_of(header["key"]) and made_of["video"] == [name, caption]
+        if clips := made_of["clips"]:
+            longest, width = header["shapes"]["text"]
+            expected = {kind: [clips, *shape] for kind, shape in header["shapes"].items()}
+            expected["text"] = [min(longest, found["text"][0]), width]  # without its padding
+            fits = fits and found == expected
+    except Exception as error:  # gone, cut short, not safetensors: of many classes
+        raise UserError(f"{file} is damaged ({first_line(error)}): {AGAIN}") from None
+    if not fits:
+        raise UserError(f"{file} holds another video, or tensors of other shapes: {AGAIN}")
+    return content, made_of
+
+
+def is_current(cache: Path, header: dict, folder: Path, name: str, caption: str) -> bool:
+    """Return whether a video's clips are there, and it is still what they were made of."""
+    try:
+        _, made_of = open_video(cache, header, name, caption)
+        video = folder / name
+        return made_of["clips"] > 0 and (  # one that was skipped is tried again
+            made_of["stamp"] == stamp_of(video) or made_of["digest"] == digest(files_of(video))
+        )
+    except (UserError, OSError):
+        return False
+
+
+def write_video(
+    cache: Path, header: dict, folder: Path, name: str, caption: str, clips: Iterator, text: Tensor
+):
+    """Write the file of one video.
+
+    clips: {"latents", "features"} of each; UserError, after some perhaps, if the video is of no
+    use. text: tokens of its caption without padding, (l, dim).
+    """
+    video, tensors = folder / name, {}
+    made_of = {"key": hash_of(header["key"]), "video": [name, caption], "stamp": stamp_of(video)}
+    try:
+        made_of["digest"] = digest(files_of(video))
+        encoded = list(clips)
+        tensors = {kind: torch.stack([clip[kind] for clip in encoded]) for kind in encoded[0]}
+        tensors["text"] = text
+    except (UserError, OSError) as error:
+        made_of["skipped"] = str(error).removeprefix(f"{video}: ")
+        tqdm.write(f"skipped {error}")
+    made_of["clips"] = len(tensors.get("latents", ()))
+    write_file(video_file(cache, name, caption), save(tensors, {"made_of": json.dumps(made_of)}))
+
+
+# --- on disk: all of them -----------------------------------------------------------------------
+
+
+def read_header(cache: Path) -> dict:
+    """Return what cache.json holds; UserError if it is of another version, or damaged."""
+    file = cache / "cache.json"
     header = read_json(file)
-    kinds = {"hash": str, "groups": int, "key": dict, "parts": dict}
     if not isinstance(header, dict) or "format" not in header:
         raise UserError(f"{file} is not a cache's header: no format in it")
     if header["format"] != FORMAT:
-        raise UserError(f"{file}: format {header['format']!r}, this version reads {FORMAT}")
-    if odd := [name for name, kind in kinds.items() if type(header.get(name)) is not kind]:
-        raise UserError(f"{file}: its {odd[0]} is damaged; make the cache anew")
-    if header["hash"] != hash_of(header["key"]):
-        raise UserError(f"{file}: its hash is not that of its key; make the cache anew")
+        made = f"{file} is of format {header['format']!r}, this version reads {FORMAT}"
+        raise UserError(f"{made}, one file a video: remove {cache}, and {AGAIN}")
+    if header.pop("hash", None) != hash_of(header):
+        raise UserError(f"{file} is damaged, or changed by hand: remove it, and {AGAIN}")
     return header
 
 
-def read_group(file: Path) -> dict:
-    """Return a finished group's {"clips", "skipped"}; UserError if it is damaged."""
-    group = read_json(file)
-    try:
-        whole = all(isinstance(clip["caption"], str) for clip in group["clips"])
-        whole = whole and all(len(entry) == 2 for entry in group["skipped"])
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{file} is damaged: remove it, and run prepare.py precompute again")
-    return group
-
-
-def refuse_other(path: Path, made_with: dict, wanted: dict):
+def refuse_other(cache: Path, made_with: dict, wanted: dict):
     """Raise UserError that names the fields in which two keys differ, if they do."""
-    different = [
-        f"{name} {made_with.get(name)} -> {wanted.get(name)}"
-        for name in {**made_with, **wanted}
-        if made_with.get(name) != wanted.get(name)
-    ]
-    if different:
-        raise UserError(
-            f"{path} is stale ({', '.join(different[:4])}): remove it, or name another folder"
-        )
+    if different := ", ".join(differences(made_with, wanted)[:4]):
+        raise UserError(f"{cache} is stale ({different}): remove it, or name another folder")
+
+
+def start_cache(
+    out: Path, header: dict, folder: Path, rank: int = 0, processes: int = 1
+) -> list[tuple[str, str]]:
+    """Start a cache, or go on with it; return the videos that this process is to encode.
+
+    header: {"key", "parts", "shapes": of one clip's tensors, "videos": [(name, caption), ...]}.
+    UserError if `out` has another key.
+    """
+    index = out / "cache.json"
+    if index.exists():
+        refuse_other(out, read_header(out)["key"], header["key"])
+    header = {"format": FORMAT, **header}
+    sealed = json.dumps({"hash": hash_of(header), **header}, indent=1).encode()
+    if rank == 0:
+        sweep(out)
+        sweep(out / "videos")
+        if not index.exists() or index.read_bytes() != sealed:
+            write_file(index, sealed)
+    mine = list(dict.fromkeys(header["videos"]))[rank::processes]  # each once
+    todo = [video for video in mine if not is_current(out, header, folder, *video)]
+    for video in todo:  # until they are encoded anew, the cache is not finished
+        video_file(out, *video).unlink(missing_ok=True)
+    return todo
+
+
+def end_cache(out: Path, header: dict) -> bool:
+    """Return whether all processes are done; if so, remove what is of videos no longer listed."""
+    listed = {video_file(out, *video) for video in header["videos"]}
+    if finished := all(file.exists() for file in listed):
+        for file in set(out.glob("videos/*.safetensors")) - listed:
+            file.unlink(missing_ok=True)
+    return finished
 
 
 class Cache:
-    """The clips of a finished cache, read from its shards when asked for."""
+    """The clips of a finished cache, read from its files when asked for."""
 
     def __init__(self, path: Path):
-        """Read the index. UserError if the cache is not finished or not readable."""
+        """Look at every file. UserError if the cache is not finished, or damaged."""
         self.path, self.header = Path(path), read_header(Path(path))
-        self.clips: list[tuple[Path, int, str]] = []  # shard, row, caption
-        groups, there = self.header["groups"], len(list((self.path / "groups").glob("*.json")))
-        if there < groups:
-            raise UserError(
-                f"{path} is not finished ({groups - there} of {groups} groups are missing): "
-                "run prepare.py precompute again, it goes on"
-            )
-        for name in (f"{g:05d}" for g in range(groups)):
-            group = read_group(self.path / "groups" / f"{name}.json")
-            texts = [clip["caption"] for clip in group["clips"]]
-            self.clips += [
-                (self.path / "shards" / f"{name}-{n // CLIPS:04d}.safetensors", n % CLIPS, text)
-                for n, text in enumerate(texts)
-            ]
-        if not self.clips:
-            raise UserError(f"{path} holds no clips: none of its videos could be read")
+        videos = self.header["videos"]
+        if missing := sum(not video_file(self.path, *video).exists() for video in videos):
+            lacks = f"{missing} of {len(videos)} videos are missing"
+            raise UserError(f"{path} is not finished ({lacks}): {AGAIN}, it goes on")
+        self._open = lru_cache(maxsize=64)(partial(open_video, self.path, self.header))
+        self._clips: list[tuple[str, str, int]] = []  # video, caption, which of its clips
+        self.skipped: list[tuple[str, str]] = []  # video, reason
+        for name, caption in videos:
+            _, made_of = open_video(self.path, self.header, name, caption)
+            self._clips += [(name, caption, k) for k in range(made_of["clips"])]
+            if not made_of["clips"]:
+                self.skipped.append((name, made_of.get("skipped")))
+        if not self._clips:
+            name, reason = self.skipped[0]
+            raise UserError(f"{path} holds no clips, no video can be used; {name}: {reason}")
 
     def __len__(self) -> int:
-        return len(self.clips)
+        return len(self._clips)
+
+    @property
+    def listing(self) -> str:
+        """16 hexadecimal digits that stand for the names and captions of its videos."""
+        return hash_of(self.header["videos"])
 
     def captions(self, indices: Sequence[int]) -> list[str]:
-        return [self.clips[i][2] for i in indices]
-
-    def parts(self) -> dict[str, object]:
-        """Return the configurations {"data", "vae", "encoder", "text"} that it was made with."""
-        try:
-            check_values(self.header["parts"])
-            return {part: build_field(Config, part, self.header["parts"]) for part in PARTS}
-        except (KeyError, ValueError) as error:
-            file = self.path / "cache.json"
-            raise UserError(f"{file}: its parts are damaged ({error}); make it anew") from None
-
-    def check(self, run: Run):
-        """Raise UserError that names what differs if it is stale: not made by this run's parts."""
-        made_with = {n: v for n, v in self.header["key"].items() if n not in ("stored", "videos")}
-        refuse_other(self.path, made_with, run.identity())
+        return [self._clips[i][1] for i in indices]
 
     def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of the latents, (B, C, T, h, w) float32."""
-        return self._stack(indices, "latents"), self._stack(indices, "log_variance")
+        return self._rows("latents", indices).unbind(1)
 
     def features(self, indices: Sequence[int]) -> Tensor:
         """Return semantic features, (B, d, S, hs, ws) float32."""
-        return self._stack(indices, "features")
+        return self._rows("features", indices)
 
     def text(self, indices: Sequence[int]) -> Tensor:
         """Return the captions' tokens with their padding, (B, L, dim) float32."""
-        tokens = [self._read(i, "text").float() for i in indices]
-        out = torch.zeros(len(tokens), *self._shapes["text"])
-        for row, x in zip(out, tokens, strict=True):
-            row[: len(x)] = x
-        return out
+        tokens = torch.zeros(len(indices), *self.header["shapes"]["text"])
+        for row, i in zip(tokens, indices, strict=True):
+            found = self._open(*self._clips[i][:2])[0].get_tensor("text")
+            row[: len(found)] = found
+        return tokens
 
-    @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each kind of tensor; of text, with its padding."""
-        parts = self.parts()
-        data, vae, encoder, text = (parts[name] for name in ("data", "vae", "encoder", "text"))
-        low_rate = (data.semantic_frames, data.semantic_height, data.semantic_width)
-        latents = (vae.channels, *vae.grid(data.frames, data.height, data.width))
-        features = (encoder.dim, *encoder.grid(*low_rate))
-        tokens = (text.words, text.dim)
-        return {"latents": latents, "log_variance": latents, "features": features, "text": tokens}
-
-    def _stack(self, indices: Sequence[int], kind: str) -> Tensor:
-        return torch.stack([self._read(i, kind) for i in indices]).float()
-
-    def _read(self, index: int, kind: str) -> Tensor:
-        (shard, row, _), expected = self.clips[index], self._shapes[kind]
-        try:
-            found = open_shard(shard).get_tensor(f"{row}.{kind}")
-        except Exception as error:  # missing, cut short, not safetensors: of many classes
-            raise UserError(f"{shard} cannot be read ({error}): make the cache anew") from None
-        shape = tuple(found.shape)
-        short = kind == "text" and len(shape) == 2 and shape[0] <= expected[0]  # without padding
-        if ((expected[0], *shape[1:]) if short else shape) != expected:
-            raise UserError(f"{shard}: a {kind} of {shape}, not {expected}: make the cache anew")
-        return found
-
-
-@lru_cache(maxsize=64)
-def open_shard(path: Path):
-    """Return a handle on a shard; its tensors are read from the file when asked for."""
-    return safe_open(path, "pt")
+    def _rows(self, kind: str, indices: Sequence[int]) -> Tensor:
+        places = [self._clips[i] for i in indices]
+        return torch.stack([self._open(*at)[0].get_slice(kind)[k] for *at, k in places]).float()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from plumbing.files import UserError, replacing, require, write_file
 
+READER = 1  # version of what reads, raised when the pictures that it gives change
 PILLOW = (".gif", ".webp", ".apng", ".png")  # read without PyAV
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".webp", ".apng")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # frames in a folder

@@ -33,14 +33,13 @@ from test_run import MICRO, Payload, call, micro, random_run
 
 import config
 import evaluate
-import plumbing.cache as cache
 import prepare
 import run
 import sample
 import train
 from config import STAGES, Config
 from data import DataConfig, Folder, cut
-from plumbing.cache import Cache
+from plumbing.cache import Cache, hash_of, video_file
 from plumbing.fields import field_types, flat_fields
 from plumbing.files import UserError, one_line
 from plumbing.metrics import Metrics
@@ -73,7 +72,7 @@ def template(tmp_path_factory) -> Path:
         write_animation(videos / f"{name}.webp", [125] * 16, lossless=True)
     lines = [json.dumps({"video": f"{n}.webp", "caption": f"a {n}"}) for n in ("one", "two")]
     (videos / "captions.jsonl").write_text("\n".join(lines))
-    cache.precompute(videos, desk / "cache", made, "float32", say=lambda _: None)
+    prepare.encode_folder(made, videos, desk / "cache", "float32")
     (desk / "empty").mkdir()
     shutil.copy(videos / "one.webp", desk / "clip.webp")
     shutil.copy(videos / "one.webp", desk / "clip.png")  # read by content
@@ -87,7 +86,6 @@ def desk(template, tmp_path, monkeypatch) -> Path:
     """A fresh copy of the template as the working folder; what trains says "accepted"."""
     shutil.copytree(template, tmp_path / "desk")
     monkeypatch.chdir(tmp_path / "desk")
-    cache.open_shard.cache_clear()
     return tmp_path / "desk"
 
 
@@ -1048,11 +1046,21 @@ def changed(**fields):
     return change
 
 
+def sealed(**fields):
+    """Return what changes fields of a header, as a writer of such headers would have it."""
+
+    def change(content: bytes) -> bytes:
+        made = json.loads(changed(**fields)(content))
+        del made["hash"]
+        return json.dumps({"hash": hash_of(made), **made}).encode()
+
+    return change
+
+
 def parts_with(**fields):
     def change(content: bytes) -> bytes:
         made = json.loads(content)
         made["parts"] |= {name.replace("__", "."): value for name, value in fields.items()}
-        made["parts"] = {k: v for k, v in made["parts"].items() if v is not ...}
         return json.dumps(made).encode()
 
     return change
@@ -1080,12 +1088,20 @@ HEADERS = JSON_DAMAGE | {
     "no key": changed(key=...),
     "a list as key": changed(key=[1]),
     "another key": changed(key={}),
-    "no groups": changed(groups=...),
-    "groups in words": changed(groups="two"),
-    "more groups": changed(groups=7),
-    "very many groups": changed(groups=10**15),
-    "fewer than no groups": changed(groups=-1),
-    "a share of a group": changed(groups=0.5),
+    "another key, and its hash": sealed(key={}),
+    "no shapes": changed(shapes=...),
+    "other shapes": changed(shapes={"latents": [1], "features": [1], "text": [1, 1]}),
+    "other shapes, and their hash": sealed(
+        shapes={"latents": [1], "features": [1], "text": [1, 1]}
+    ),
+    "no videos": changed(videos=...),
+    "an empty list of videos": changed(videos=[]),
+    "videos as names": changed(videos=["one.webp"]),
+    "very many videos": changed(videos=[["one.webp", "x"]] * 9999),
+    "another caption": changed(videos=[["one.webp", "a one"], ["two.webp", "a three"]]),
+    "another caption, and its hash": sealed(
+        videos=[["one.webp", "a one"], ["two.webp", "a three"]]
+    ),
     "no parts": changed(parts=...),
     "a list as parts": changed(parts=[]),
     "empty parts": changed(parts={}),
@@ -1094,16 +1110,33 @@ HEADERS = JSON_DAMAGE | {
     "a part that cannot be": parts_with(vae__channels=-1),
     "another part": parts_with(text__words=9),
 }
-GROUPS = JSON_DAMAGE | {
-    "no clips": changed(clips=...),
-    "no skipped": changed(skipped=...),
-    "a number of clips": changed(clips=3),
-    "clips in an object": changed(clips={"a": 1}),
-    "clips without captions": changed(clips=[{}]),
-    "captions as numbers": changed(clips=[{"caption": 3}]),
-    "skipped in words": changed(skipped=["x"]),
-    "no clip": changed(clips=[]),
-    "more clips": changed(clips=[{"caption": "x"}] * 99),
+
+
+def noted(change):
+    """Return what changes what a video's file says that it was made of."""
+
+    def damage(content: bytes) -> bytes:
+        length = int.from_bytes(content[:8], "little")
+        note = json.loads(content[8 : 8 + length])["__metadata__"]
+        note["made_of"] = change(note["made_of"].encode()).decode("utf-8", "replace")
+        return save(load(content), note)
+
+    return damage
+
+
+NOTES = {name: noted(change) for name, change in JSON_DAMAGE.items()} | {
+    "no notes": lambda x: save(load(x)),
+    "other notes": lambda x: save(load(x), {"format": "pt"}),
+    **{f"no {field}": noted(changed(**{field: ...})) for field in ("video", "key", "clips")},
+    "another key": noted(changed(key="0" * 16)),
+    "another video": noted(changed(video=["two.webp", "a two"])),
+    "another caption": noted(changed(video=["one.webp", "a two"])),
+    "a number as video": noted(changed(video=3)),
+    "more clips": noted(changed(clips=3)),
+    "very many clips": noted(changed(clips=10**15)),
+    "fewer clips": noted(changed(clips=1)),
+    "less than none": noted(changed(clips=-2)),
+    "clips in words": noted(changed(clips="two")),
 }
 CACHED = ["--stage", "latent", "--out", "run", *MINI, "--data", "cache", "--steps", "6"]
 
@@ -1127,26 +1160,20 @@ def test_damaged_headers(desk, capsys, encoded_again, damage):
     refused(capsys, train.main, *CACHED, words=["cache"])
 
 
-@pytest.mark.parametrize("damage", GROUPS.values(), ids=GROUPS)
-def test_damaged_groups(desk, capsys, encoded_again, damage):
-    file = Path("cache/groups/00000.json")
-    file.write_bytes(damage(file.read_bytes()))
-    refused(capsys, train.main, *CACHED, words=["cache"])
+ENCODED = DAMAGE | NOTES | {"a folder": None, "gone": ...}
 
 
-SHARDS = DAMAGE | {"a folder": None, "gone": ...}
-
-
-@pytest.mark.parametrize("damage", SHARDS.values(), ids=SHARDS)
-def test_damaged_shards(desk, capsys, encoded_again, damage):
-    file = Path("cache/shards/00000-0000.safetensors")
+@pytest.mark.parametrize("damage", ENCODED.values(), ids=ENCODED)
+def test_damaged_videos(desk, capsys, encoded_again, damage):
+    file = video_file(Path("cache"), "one.webp", "a one")
     content = file.read_bytes()
     file.unlink()
     if damage is None:
         file.mkdir()
     elif damage is not ...:
         file.write_bytes(damage(content))
-    refused(capsys, train.main, *CACHED, words=["00000-0000.safetensors", "make the cache anew"])
+    words = ["not finished", "1 of 2"] if damage is ... else [file.name, "precompute again"]
+    refused(capsys, train.main, *CACHED, words=words)
     assert not Path("made by the payload").exists()
 
 
@@ -1155,14 +1182,15 @@ def test_the_cache_of_the_corpus_would_do_without_the_damage(desk, encoded_again
         call(train.main, *CACHED)
 
 
-def test_an_unfinished_cache_is_refused_and_a_damaged_group_told_by_precompute(desk, capsys):
-    group = Path("cache/groups/00000.json")
+def test_what_is_damaged_or_gone_is_encoded_anew(desk, capsys):
+    before, file = tree(Path("cache")), video_file(Path("cache"), "one.webp", "a one")
     arguments = ["precompute", "videos", "--parts", "run", "--out", "cache", "--dtype", "float32"]
-    group.write_bytes(b"[]")
-    refused(capsys, prepare.main, *arguments, words=["00000.json", "remove it"])
-    group.unlink()
-    refused(capsys, train.main, *CACHED, words=["not finished", "1 of 1"])
-    assert call(prepare.main, *arguments) == 0 and group.exists()
+    for damage in (lambda: file.write_bytes(b"[]"), file.unlink, Path("cache/cache.json").unlink):
+        damage()
+        assert call(prepare.main, *arguments) == 0
+        assert tree(Path("cache")) == before
+    Path("cache/cache.json").write_bytes(b"[]")
+    refused(capsys, prepare.main, *arguments, words=["cache.json"])
 
 
 # --- configurations -----------------------------------------------------------------------------
@@ -1260,9 +1288,8 @@ def test_configurations_cut_and_flipped_anywhere(template, tmp_path_factory, dat
 def test_caches_cut_and_flipped_anywhere(template, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("mutated") / "cache"
     shutil.copytree(template / "cache", folder)
-    names = ["cache.json", "groups/00000.json", "shards/00000-0000.safetensors"]
-    mutate(folder / data.draw(st.sampled_from(names)), data)
-    cache.open_shard.cache_clear()
+    files = [folder / "cache.json", *sorted(folder.glob("videos/*"))]
+    mutate(data.draw(st.sampled_from(files)), data)
     with contextlib.suppress(UserError):
         found = Cache(folder)
         for read in (found.latents, found.features, found.text, found.captions):
@@ -1313,7 +1340,7 @@ def test_captions_with_anything_in_them(tmp_path_factory, content):
 
 def test_the_corpus_has_hundreds_of_entries():
     tables = [COMMANDS, USAGE, WRITERS, SETTINGS, PROMPTS, REFUSED_CAPTIONS, ODD_CAPTIONS]
-    tables += [BROKEN_VIDEOS, ODD_VIDEOS, DAMAGE, STATES, METRICS, HEADERS, GROUPS, SHARDS]
+    tables += [BROKEN_VIDEOS, ODD_VIDEOS, DAMAGE, STATES, METRICS, HEADERS, ENCODED]
     tables += [CONFIGURATIONS]
     entries = [str(entry) for entry in chain(COMMANDS, USAGE, WRITERS, SETTINGS)]
     assert len(set(entries)) == len(entries)  # no two alike

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,24 +19,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_run import MICRO, call, one_line, random_run
 
-import prepare
 import plumbing.cache as cache_module
+import prepare
 import sample
 import stages
 import train
 from data import Folder, to_float
-from plumbing.cache import Cache, Memory, precompute
+from plumbing.cache import Cache, Memory, video_file
 from plumbing.fields import flat_fields
 from plumbing.files import UserError
 from run import Run
 from toy.world import World
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Groups of three videos, shards of four clips: all that can happen happens in few clips."""
-    monkeypatch.setattr(cache_module, "GROUP", 3)
-    monkeypatch.setattr(cache_module, "CLIPS", 4)
 
 
 def write_video(path: Path, seed: int, clips: int):
@@ -74,12 +68,8 @@ def folder(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("videos"), 8)
 
 
-def silent(_: str):
-    pass
-
-
-def made(folder: Path, out: Path, run: Run, **options) -> Cache:
-    precompute(folder, out, run, **{"dtype": "float32", "say": silent, **options})
+def made(folder: Path, out: Path, run: Run, dtype: str = "float32") -> Cache:
+    assert prepare.encode_folder(run, folder, out, dtype)
     return Cache(out)
 
 
@@ -89,8 +79,8 @@ def made(folder: Path, out: Path, run: Run, **options) -> Cache:
 def test_a_cache_holds_what_the_parts_make_of_each_clip(tmp_path, run, folder):
     found, clips = made(folder, tmp_path, run), Folder(folder, run.config.data)
     assert len(found) == len(clips) == 24
-    assert len(list((tmp_path / "shards").iterdir())) == 3 + 2 + 2  # groups of 9, 7 and 8 clips
-    indices = [21, 0, 5, 13, 8, 4, 3]  # in any order, of all groups
+    assert len(list((tmp_path / "videos").iterdir())) == 8
+    indices = [21, 0, 5, 13, 8, 4, 3]  # in any order, of all videos
     batch = clips.batch(indices)
     assert found.captions(indices) == batch.captions
     for i, x in enumerate(indices):  # each alone, as it was encoded
@@ -115,14 +105,14 @@ def test_stored_in_half_precision(tmp_path, run, folder):
 def test_no_text_is_padding_alone(tmp_path, run, folder):
     """Tokens are kept without the padding, and get it back."""
     found = made(folder, tmp_path, run)
-    shard = load_file(tmp_path / "shards/00000-0000.safetensors")
-    assert shard["0.text"].shape == (1, run.config.text.dim)  # "a"
+    content = load_file(video_file(tmp_path, "clips/0.webp", "a"))
+    assert content["text"].shape == (1, run.config.text.dim)
     assert found.text([0]).shape == (1, run.config.text.words, run.config.text.dim)
 
 
 def test_memory_offers_the_same_of_the_world(run):
     world = World(run.config.data)
-    memory = Memory(run, world, 5)
+    memory = prepare.clips_in_memory(run, world).first(5)
     batch = world.batch([3, 1])
     assert len(memory) == 5 and memory.captions([3, 1]) == batch.captions
     mean, log_variance = run.vae.posterior(to_float(batch.video))
@@ -130,10 +120,32 @@ def test_memory_offers_the_same_of_the_world(run):
     torch.testing.assert_close(memory.latents([3, 1])[1], log_variance)
     features = run.encoder.encode(to_float(batch.semantic_video))
     torch.testing.assert_close(memory.features([3, 1]), features, rtol=1e-2, atol=1e-2)
-    assert torch.equal(memory.text([3, 1]), run.text.encode(batch.captions))
+    assert torch.equal(memory.text(torch.tensor([3, 1])), run.text.encode(batch.captions))
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_is_there(tmp_path, run):
+def test_memory_encodes_what_is_asked_for_once(monkeypatch):
+    """A later stage may ask for more; a look at six clips does not encode thousands."""
+    monkeypatch.setattr(cache_module, "CHUNK", 4)
+    seen = {"latents": [], "features": [], "text": []}
+
+    def encode(kind: str, indices) -> torch.Tensor:
+        seen[kind] += indices
+        return torch.tensor([[i, -i] for i in indices])
+
+    memory = Memory(99, str, {kind: partial(encode, kind) for kind in seen})
+    assert memory.features([5, 2, 6]).tolist() == [[5, -5], [2, -2], [6, -6]]
+    assert seen == {"latents": [], "features": list(range(8)), "text": []}
+    first, more = memory.first(10), memory.first(20)
+    assert first.latents(range(10))[1].tolist() == [-i for i in range(10)]
+    assert first.features(range(10)).dtype == torch.float32
+    assert more.features(range(20))[:, 0].tolist() == list(range(20))
+    assert more.latents([19, 0])[0].tolist() == [19, 0]
+    assert [len(memory), len(first), len(more)] == [99, 10, 20]
+    for kind, last in (("latents", 16), ("features", 20), ("text", 0)):
+        assert sorted(seen[kind]) == sorted(set(seen[kind])) and len(seen[kind]) == last
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_there(tmp_path, run, capsys):
     folder = write_folder(tmp_path / "videos", 4)
     (folder / "clips/1.webp").write_bytes(b"")
     whole = (folder / "clips/2.webp").read_bytes()
@@ -141,24 +153,28 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_there(tmp_path, run):
     with open(folder / "captions.jsonl", "a") as file:
         file.write('{"video": "nowhere.webp", "caption": "x"}\n')
         file.write('{"video": "clips/3.webp", "caption": " "}\n')
-    said = []
-    precompute(folder, tmp_path / "cache", run, say=said.append)
-    found = Cache(tmp_path / "cache")
-    lines = "\n".join(said).splitlines()
-    assert lines[0].endswith(f"{len(found)} clips of 6 videos, skipped:")
-    assert [line.split(":")[0].strip() for line in lines[1:]] == [
+    other_run(tmp_path / "run", run)
+    capsys.readouterr()
+    parts = ["--parts", tmp_path / "run", "--out", tmp_path / "cache"]
+    assert call(prepare.main, "precompute", folder, *parts) == 0
+    found, lines = Cache(tmp_path / "cache"), capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines[:4]] == [
+        *(f"skipped {folder}/{x}" for x in ("clips/1.webp", "clips/2.webp", "nowhere.webp")),
+        f"skipped {folder}/clips/3.webp",
+    ]
+    assert lines[4].endswith(f"{len(found)} clips of 6 videos, 4 skipped")
+    assert [line.split(":")[0].strip() for line in lines[5:]] == [
         *("clips/1.webp", "clips/2.webp", "nowhere.webp", "clips/3.webp")
     ]
-    assert "no such file" in lines[3] and "no caption" in lines[4]
-    assert len(found) == len(Folder(folder, run.config.data, silent)) >= 3
+    assert "no such file" in lines[7] and "no caption" in lines[8]
+    assert len(found) == len(Folder(folder, run.config.data, lambda _: None)) >= 3
 
 
 def test_nothing_readable_is_an_error_of_the_cache(tmp_path, run):
     folder = write_folder(tmp_path / "videos", 1)
     (folder / "clips/0.webp").write_bytes(b"")
-    precompute(folder, tmp_path / "cache", run, say=silent)
-    with pytest.raises(UserError, match="no clips"):
-        Cache(tmp_path / "cache")
+    with pytest.raises(UserError, match=r"no clips.*clips/0\.webp: cannot identify"):
+        made(folder, tmp_path / "cache", run)
 
 
 # --- kills and processes ------------------------------------------------------------------------
@@ -167,31 +183,31 @@ def test_nothing_readable_is_an_error_of_the_cache(tmp_path, run):
 @pytest.mark.parametrize("processes", [2, 5])
 def test_any_number_of_processes_makes_the_same_cache(tmp_path, run, folder, processes):
     made(folder, tmp_path / "one", run)
-    for rank in reversed(range(processes)):
-        if rank == 0:
-            with pytest.raises(UserError, match="not finished"):
+    for rank in range(processes):
+        done = prepare.encode_folder(run, folder, tmp_path / "many", "float32", rank, processes)
+        assert done == (rank == processes - 1)
+        if not done:
+            with pytest.raises(UserError, match=r"not finished \(\d of 8 videos are missing\)"):
                 Cache(tmp_path / "many")
-        precompute(folder, tmp_path / "many", run, "float32", rank, processes, silent)
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
 
 
 def encode_until_killed(folder: Path, out: Path, run_path: Path, delay: float | None):
     """In a process of its own: precompute, and be killed after `delay` seconds."""
     torch.set_num_threads(1)
-    cache_module.GROUP, cache_module.CLIPS = 3, 4
     run = Run.open(run_path)
     if delay is not None:
         kill = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
         kill.daemon = True
         kill.start()
-    precompute(folder, out, run, "float32", say=silent)
+    prepare.encode_folder(run, folder, out, "float32")
 
 
 def test_killed_at_twenty_moments_and_started_again(tmp_path, run):
-    """The cache is that of an undisturbed run, byte for byte, and no clip is encoded twice."""
+    """The cache is that of an undisturbed run, byte for byte, and no video is encoded twice."""
     folder, out = write_folder(tmp_path / "videos", 100), tmp_path / "killed"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cache"])
+    context.set_forkserver_preload(["prepare"])
 
     def start(where: Path, delay: float | None) -> int:
         process = context.Process(
@@ -219,7 +235,8 @@ def test_killed_at_twenty_moments_and_started_again(tmp_path, run):
 def test_a_finished_cache_is_left_alone(tmp_path, run, folder, monkeypatch):
     made(folder, tmp_path, run)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    monkeypatch.setattr(cache_module, "encode_clip", None)
+    monkeypatch.setattr(prepare, "encode_clips", None)
+    monkeypatch.setattr(prepare, "clips_of", None)
     made(folder, tmp_path, run)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
@@ -237,8 +254,10 @@ def other_run(path: Path, run: Run, *settings: str) -> Run:
 
 def test_a_cache_fits_the_run_that_made_it_and_its_like(tmp_path, run, folder):
     found = made(folder, tmp_path / "cache", run)
-    found.check(run)
-    found.check(other_run(tmp_path / "like", run, "latent.width=64", "stages.latent.batch=5"))
+    prepare.check_cache(found, run)
+    prepare.check_cache(
+        found, other_run(tmp_path / "like", run, "latent.width=64", "stages.latent.batch=5")
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,10 +273,10 @@ def test_other_rates_and_sizes_are_named(tmp_path, run, folder, setting, said):
     found = made(folder, tmp_path / "cache", run)
     other = other_run(tmp_path / "other", run, *setting.split())
     with pytest.raises(UserError, match="is stale") as error:
-        found.check(other)
+        prepare.check_cache(found, other)
     assert said in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="is stale"):
-        precompute(folder, tmp_path / "cache", other, "float32")
+        prepare.encode_folder(other, folder, tmp_path / "cache", "float32")
 
 
 @pytest.mark.parametrize("stage", ["vae", "encoder"])
@@ -268,21 +287,30 @@ def test_other_weights_are_named(tmp_path, run, folder, stage):
     next(iter(tensors.values())).flatten()[0] += 1
     other.save(stage, tensors, {})
     with pytest.raises(UserError, match=rf"is stale \({stage}.digest \w+ -> \w+\)"):
-        found.check(other)
+        prepare.check_cache(found, other)
     other.weights_file(stage).unlink()
     with pytest.raises(UserError, match="not trained yet"):
-        found.check(other)
+        prepare.check_cache(found, other)
     with pytest.raises(UserError, match=f"has no {stage} yet"):
-        precompute(folder, tmp_path / "more", other)
+        prepare.encode_folder(other, folder, tmp_path / "more")
 
 
-def test_another_precision_and_other_videos_are_not_mixed_in(tmp_path, run, folder):
+def test_another_precision_is_not_mixed_in(tmp_path, run, folder):
     made(folder, tmp_path / "cache", run)
     with pytest.raises(UserError, match="stored float32 -> bfloat16"):
-        precompute(folder, tmp_path / "cache", run, "bfloat16")
-    more = write_folder(tmp_path / "videos", 9)
-    with pytest.raises(UserError, match=r"is stale \(videos"):
-        precompute(more, tmp_path / "cache", run, "float32")
+        prepare.encode_folder(run, folder, tmp_path / "cache", "bfloat16")
+
+
+def test_another_way_of_reading_is_named(tmp_path, run, folder, monkeypatch):
+    """What decodes videos has changed: what an earlier version has encoded may look different."""
+    found = made(folder, tmp_path / "cache", run)
+    monkeypatch.setattr(prepare, "READER", 99)
+    for use in (
+        lambda: prepare.check_cache(found, run),
+        lambda: prepare.encode_folder(run, folder, tmp_path / "cache", "float32"),
+    ):
+        with pytest.raises(UserError, match=r"is stale \(reader \d+ -> 99\)"):
+            use()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format": 99}', b"\x00\xff"])
@@ -298,22 +326,35 @@ def test_a_header_changed_by_hand_is_noticed(tmp_path, run, folder):
     made(folder, tmp_path, run)
     file = tmp_path / "cache.json"
     file.write_text(file.read_text().replace('"data.fps": 8.0', '"data.fps": 4.0'))
-    with pytest.raises(UserError, match="hash"):
+    with pytest.raises(UserError, match="changed by hand"):
         Cache(tmp_path)
 
 
+def test_a_cache_of_an_earlier_version_is_refused_in_one_line(tmp_path, run, folder):
+    header = {"format": 1, "hash": "0" * 16, "groups": 1, "key": {}, "parts": {}}
+    (tmp_path / "cache.json").write_text(json.dumps(header))
+    for use in (Cache, partial(prepare.encode_folder, run, folder)):
+        with pytest.raises(UserError, match=r"format 1, .*one file a video: remove") as error:
+            use(tmp_path)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("damage", ["short", "pickle", "gone"])
-def test_damaged_shards_are_one_line(tmp_path, run, folder, damage):
+def test_damaged_files_are_one_line_and_are_encoded_anew(tmp_path, run, folder, damage):
     found = made(folder, tmp_path, run)
-    shard = tmp_path / "shards/00001-0000.safetensors"
+    file = video_file(tmp_path, *found.header["videos"][3])
+    content = file.read_bytes()
     if damage == "gone":
-        shard.unlink()
+        file.unlink()
     else:
-        content = shard.read_bytes()
-        shard.write_bytes(content[:100] if damage == "short" else b"\x80\x04." + content)
-    with pytest.raises(UserError, match="00001-0000") as error:
+        file.write_bytes(content[:100] if damage == "short" else b"\x80\x04." + content)
+    with pytest.raises(UserError, match=f"{file.name} is damaged") as error:
         found.latents([9])
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="precompute again"):
+        Cache(tmp_path)
+    made(folder, tmp_path, run)
+    assert file.read_bytes() == content
 
 
 # --- training on it -----------------------------------------------------------------------------
@@ -337,7 +378,9 @@ def test_a_folder_is_encoded_first_and_a_cache_of_it_trains_the_same(
     common = ["--tiny", "--set", *MICRO, "--out"]
     assert call(train.main, "--stage", "all", "--data", folder, *common, one) == 0
     assert Cache(one / "cache").captions([0]) == ["a"]
-    assert call(prepare.main, "precompute", folder, "--parts", one, "--out", tmp_path / "cache") == 0
+    assert (
+        call(prepare.main, "precompute", folder, "--parts", one, "--out", tmp_path / "cache") == 0
+    )
     assert tree(tmp_path / "cache") == tree(one / "cache")
 
     Run.create(other, Run.open(one).config)
@@ -383,7 +426,7 @@ def test_latents_may_be_drawn_from_the_posterior(tmp_path, run, folder):
 
 
 def test_parts_come_back_from_a_cache(tmp_path, run, folder):
-    parts = made(folder, tmp_path, run).parts()
+    parts = prepare.cache_parts(made(folder, tmp_path, run))
     assert parts == {name: getattr(run.config, name) for name in parts}
     assert parts.keys() == {"data", "vae", "encoder", "text"}
     assert flat_fields(run.config.data) == flat_fields(parts["data"])

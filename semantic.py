@@ -11,15 +11,15 @@ that it names. Both are released; one to train from scratch is `toy/encoder.py`.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from plumbing.files import UserError, require
-from plumbing.weights import check_tensors, digest, loading, read_settings, tensor_files
+from plumbing.weights import digest, fill, loading, locate, read_settings, tensor_files
 
 # --- the compressor -----------------------------------------------------------------------------
 
@@ -204,20 +204,17 @@ class QwenVisionTower(nn.Module):
         try:
             vision = settings["vision_config"]
             patch = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
-            files = set(tensor_files(weights, cls.prefix.match).values())
-            return PretrainedEncoderConfig(
-                weights=weights, digest=digest(files), dim=vision["out_hidden_size"], patch=patch
-            )
+            dim = vision["out_hidden_size"]
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{weights}: config.json has no vision tower ({error!r})") from None
+        files = [locate(weights, "config.json"), *tensor_files(weights, cls.prefix.match).values()]
+        return PretrainedEncoderConfig(weights=weights, digest=digest(files), dim=dim, patch=patch)
 
     @classmethod
     def _read(cls, weights: str, dtype: torch.dtype) -> nn.Module:
         """Return the tower in dtype; at most one tensor is in memory besides it."""
         transformers = require("transformers", "qwen")
-        settings = dict(read_settings(weights, "config.json")["vision_config"])
-        files = tensor_files(weights, cls.prefix.match)
-        sources = {cls.prefix.sub("", name, 1): (file, name) for name, file in files.items()}
+        settings = dict(read_settings(weights)["vision_config"])
 
         def build(**changes) -> nn.Module:
             from transformers.models.qwen2_5_vl import configuration_qwen2_5_vl as configuration
@@ -227,27 +224,13 @@ class QwenVisionTower(nn.Module):
 
         # RoPE's frequencies are in no checkpoint, must stay float32, and depend on the heads' width
         # alone: a tower of one head without blocks has them.
-        with loading(weights, "a vision tower"), torch.random.fork_rng(devices=[]):
+        with loading(weights, "a vision tower"):
             head = settings["hidden_size"] // settings["num_heads"]
             small = build(hidden_size=head, num_heads=1, depth=0)
             with torch.device("meta"):  # no memory for what is read anyway
                 tower = build()
-        wanted = tower.state_dict()
-        if odd := sorted(wanted.keys() ^ sources.keys()):
-            what = "lacks" if odd[0] in wanted else "has, but should not,"
-            raise UserError(f"{weights} {what} {odd[0]} (and {len(odd) - 1} more): not this tower")
-        tower = tower.to(dtype).to_empty(device="cpu")
-        for name, target in tower.state_dict().items():
-            file, full_name = sources[name]
-            try:
-                with safe_open(file, "pt") as content:  # anew each time: what was mapped is let go
-                    source = content.get_tensor(full_name)
-            except SafetensorError as error:
-                raise UserError(f"{file}: {full_name} cannot be read: {error}") from None
-            if source.shape != target.shape:
-                shapes = f"{tuple(source.shape)}, expected {tuple(target.shape)}"
-                raise UserError(f"{file}: {full_name} is {shapes}")
-            target.copy_(source)
+        files = tensor_files(weights, cls.prefix.match)
+        fill(tower, weights, files, dtype, lambda name: cls.prefix.sub("", name, 1))
         for name, buffer in small.rotary_pos_emb.named_buffers():
             setattr(tower.rotary_pos_emb, name, buffer.detach().clone())
         return tower
@@ -294,22 +277,20 @@ class VJEPA2(nn.Module):
 
     mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1], from ImageNet
     std = (0.229, 0.224, 0.225)
+    heads = re.compile(r"(vjepa2\.)?(predictor|pooler|classifier)\.")  # that only training needs
 
     def __init__(self, config: PretrainedEncoderConfig, device: torch.device | str = "cpu"):
         """Load the weights. UserError if they are not readable."""
         super().__init__()
         self.config = config
         transformers = require("transformers", "qwen")
-        random = torch.random.fork_rng(devices=[])  # the caller's random numbers are not touched
-        with loading(config.weights, "the weights of V-JEPA 2"), random:
-            self.model, report = transformers.VJEPA2Model.from_pretrained(
-                config.weights,
-                dtype=getattr(torch, config.dtype),
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        check_tensors(config.weights, report, r"(predictor|pooler|classifier)\.")
+        with loading(config.weights, "V-JEPA 2"), torch.device("meta"):
+            settings = transformers.VJEPA2Config(**read_settings(config.weights))
+            self.model = transformers.VJEPA2Model(settings)
         del self.model.predictor  # only the encoder's features are used
+        files = self._files(config.weights)
+        dtype = getattr(torch, config.dtype)
+        fill(self.model, config.weights, files, dtype, lambda name: name.removeprefix("vjepa2."))
         self.register_buffer("mean_rgb", torch.tensor(self.mean).view(3, 1, 1))
         self.register_buffer("std_rgb", torch.tensor(self.std).view(3, 1, 1))
         self.to(device).eval().requires_grad_(False)
@@ -317,20 +298,22 @@ class VJEPA2(nn.Module):
     @classmethod
     def describe(cls, weights: str, settings: dict) -> PretrainedEncoderConfig:
         """Return the configuration of weights whose config.json says `settings`."""
-        try:
-            side = settings.get("crop_size", 256)
-            files = set(tensor_files(weights, lambda name: True).values())
-            return PretrainedEncoderConfig(
-                kind="vjepa2",
-                weights=weights,
-                digest=digest(files),
-                dim=settings["hidden_size"],
-                patch=settings.get("patch_size", 16),
-                side=side,
-                chunk=1,
-            )
-        except KeyError as error:
-            raise UserError(f"{weights}: config.json lacks {error}") from None
+        if "hidden_size" not in settings:
+            raise UserError(f"{weights}: config.json lacks hidden_size")
+        return PretrainedEncoderConfig(
+            kind="vjepa2",
+            weights=weights,
+            digest=digest([locate(weights, "config.json"), *cls._files(weights).values()]),
+            dim=settings["hidden_size"],
+            patch=settings.get("patch_size", 16),
+            side=settings.get("crop_size", 256),
+            chunk=1,
+        )
+
+    @classmethod
+    def _files(cls, weights: str) -> dict[str, Path]:
+        """Return {tensor name: file} of all that is not in its heads."""
+        return tensor_files(weights, lambda name: not cls.heads.match(name))
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -355,7 +338,7 @@ def describe_encoder(weights: str) -> PretrainedEncoderConfig:
     Reads config.json and the weights files that the encoder needs, to tell them from others later.
     UserError if they are not those of an encoder known here.
     """
-    settings = read_settings(weights, "config.json")
+    settings = read_settings(weights)
     kind = settings.get("model_type")
     if kind not in ENCODERS:
         raise UserError(

@@ -5,15 +5,24 @@ without weights that takes any string (our choice for miniatures: the DiT learns
 Contract: padding rows are zero and the empty string is all zeros, the null text of guidance.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from plumbing.files import UserError, require
-from plumbing.weights import check_tensors, digest, loading, locate, read_settings, tensor_files
+from plumbing.weights import (
+    build_by_library,
+    digest,
+    loading,
+    locate,
+    read_settings,
+    tensor_files,
+)
 
 
 class TextConfig(Protocol):
@@ -37,6 +46,12 @@ class TextEncoder(Protocol):
 
 # --- released text encoders ---------------------------------------------------------------------
 
+HEADS = re.compile(r"(pooler|decoder|lm_head|cls|vocab_\w+)\.")  # that only training needs
+TOKENIZER = (  # the files that it may consist of
+    *("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json"),
+    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+
 
 @dataclass(frozen=True)
 class UMT5Config:
@@ -52,24 +67,36 @@ class UMT5Config:
 def text_folders(weights: str) -> tuple[str, str]:
     """Return the folders of encoder and tokenizer: of a pipeline's repository, or none ("")."""
     pipeline = locate(weights, "text_encoder/config.json") is not None
-    return ("text_encoder", "tokenizer") if pipeline else ("", "")
+    return ("text_encoder/", "tokenizer/") if pipeline else ("", "")
 
 
 def describe_text(weights: str) -> UMT5Config:
     """Return the configuration of a released text encoder, in a folder or under a hub id.
 
-    UserError if it has no readable settings or no safetensors.
+    UserError if it has no readable settings, no safetensors or no tokenizer.
     """
-    folder, _ = text_folders(weights)
-    settings = read_settings(weights, f"{folder}/config.json" if folder else "config.json")
+    folder, tokenizer = text_folders(weights)
+    settings = read_settings(weights, f"{folder}config.json")
     dim = settings.get("d_model", settings.get("hidden_size"))
-    if not isinstance(dim, int):
-        raise UserError(f"{weights}: config.json tells no width, d_model or hidden_size")
-    files = tensor_files(weights, lambda name: True, f"{folder}/model" if folder else "model")
     longest = settings.get("max_position_embeddings", 512)  # relative positions have no limit
-    if not isinstance(longest, int):
-        raise UserError(f"{weights}: max_position_embeddings in config.json is no number")
-    return UMT5Config(weights, digest(set(files.values())), min(512, longest), dim)
+    if not isinstance(dim, int) or not isinstance(longest, int):
+        raise UserError(f"{weights}: config.json tells no width (d_model or hidden_size) or length")
+    if "quantization_config" in settings:
+        raise UserError(f"{weights}: quantised weights (quantization_config) are not read here")
+    files = [
+        locate(weights, f"{folder}config.json"),
+        *tensor_files(weights, stem=f"{folder}model").values(),
+        *tokenizer_files(weights, tokenizer),
+    ]
+    return UMT5Config(weights, digest(files), min(512, longest), dim)
+
+
+def tokenizer_files(weights: str, folder: str) -> list[Path]:
+    """Return the files of a tokenizer; UserError if there is none."""
+    found = [file for name in TOKENIZER if (file := locate(weights, folder + name))]
+    if not found:
+        raise UserError(f"{weights} has no tokenizer, such as {folder}{TOKENIZER[0]}")
+    return found
 
 
 def cleaned(text: str) -> str:
@@ -84,24 +111,24 @@ class UMT5(nn.Module):
     """
 
     def __init__(self, config: UMT5Config, device: torch.device | str = "cpu"):
-        """Load weights and tokenizer. UserError if either is not readable."""
+        """Load weights and tokenizer. UserError if either is not readable or not complete."""
         super().__init__()
         self.config = config
         transformers = require("transformers", "text")
-        encoder, tokenizer = text_folders(config.weights)
-        random = torch.random.fork_rng(devices=[])  # the caller's random numbers are not touched
-        with loading(config.weights, "a text encoder"), random:
+        weights, (folder, tokenizer) = config.weights, text_folders(config.weights)
+        with loading(weights, "a text encoder"):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                config.weights, subfolder=tokenizer
+                tokenizer_files(weights, tokenizer)[0].parent, trust_remote_code=False
             )
-            self.model, report = transformers.AutoModelForTextEncoding.from_pretrained(
-                config.weights,
-                subfolder=encoder,
-                dtype=getattr(torch, config.dtype),
-                use_safetensors=True,
-                output_loading_info=True,
+            settings = transformers.AutoConfig.from_pretrained(
+                locate(weights, f"{folder}config.json").parent, trust_remote_code=False
             )
-        check_tensors(config.weights, report, r"(pooler|decoder|lm_head|cls)\.")
+            kind = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING[type(settings)]
+            files, dtype = (
+                tensor_files(weights, stem=f"{folder}model"),
+                getattr(torch, config.dtype),
+            )
+            self.model = build_by_library(kind, settings, weights, files, dtype, HEADS)
         self.to(device).eval().requires_grad_(False)
 
     def count(self, text: str) -> int:

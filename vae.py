@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plumbing.files import UserError, require
-from plumbing.weights import check_tensors, digest, loading, locate, read_settings, tensor_files
+from plumbing.weights import digest, fill, loading, locate, read_settings, tensor_files
 
 
 class VAEConfig(Protocol):
@@ -111,12 +111,13 @@ def describe_vae(weights: str) -> WanVAEConfig:
     """
     folder = vae_folder(weights)
     settings = read_settings(weights, f"{folder}config.json")
-    if settings.get("_class_name") != "AutoencoderKLWan":
-        raise UserError(f"{weights} holds a {settings.get('_class_name')!r}, not AutoencoderKLWan")
-    files = tensor_files(weights, lambda name: True, f"{folder}diffusion_pytorch_model")
+    kind = settings.get("_class_name")
+    if kind != "AutoencoderKLWan":
+        raise UserError(f"{weights} holds a {kind!r}, not AutoencoderKLWan (-Diffusers has one)")
+    files = tensor_files(weights, stem=f"{folder}diffusion_pytorch_model")
     return WanVAEConfig(
         weights=weights,
-        digest=digest(set(files.values())),
+        digest=digest([locate(weights, f"{folder}config.json"), *files.values()]),
         channels=settings.get("z_dim", 16),
         time_patch=settings.get("scale_factor_temporal", 4),
         space_patch=settings.get("scale_factor_spatial", 8),
@@ -136,18 +137,12 @@ class WanVAE(nn.Module):
         super().__init__()
         self.config = config
         diffusers = require("diffusers", "wan")
-        folder = vae_folder(config.weights).rstrip("/")
-        random = torch.random.fork_rng(devices=[])  # the caller's random numbers are not touched
-        with loading(config.weights, "the weights of Wan's VAE"), random:
-            self.model, report = diffusers.AutoencoderKLWan.from_pretrained(
-                config.weights,
-                subfolder=folder or None,
-                torch_dtype=getattr(torch, config.dtype),
-                use_safetensors=True,
-                low_cpu_mem_usage=False,  # True would need one more library
-                output_loading_info=True,
-            )
-        check_tensors(config.weights, report, "$^")
+        folder = vae_folder(config.weights)
+        settings = read_settings(config.weights, f"{folder}config.json")
+        with loading(config.weights, "Wan's VAE"), torch.device("meta"):
+            self.model = diffusers.AutoencoderKLWan.from_config(settings)
+        files = tensor_files(config.weights, stem=f"{folder}diffusion_pytorch_model")
+        fill(self.model, config.weights, files, getattr(torch, config.dtype))
         if config.tile:
             step = config.tile * 3 // 4 // config.space_patch * config.space_patch  # whole latents
             self.model.enable_tiling(config.tile, config.tile, step, step)

@@ -1,18 +1,24 @@
 """Released weights: where they lie, what is in them, and whether all of it is used.
 
 Weights come from a folder or from a hub id (`Qwen/Qwen2.5-VL-3B-Instruct`) that the user names.
-Of a hub repository only the files that are asked for are fetched. Only safetensors are read.
+Of a hub repository only the files that are asked for are fetched; what is in the hub's cache is
+read without a network (`HF_HUB_OFFLINE=1`). Only safetensors are read: other files can run code.
+The same files are digested and loaded, and each of their tensors has to be one of the model's.
 """
 
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import safetensors
+import torch
+from torch import Tensor, nn
 
 from plumbing.files import UserError, first_line, read_json, require
+
+STORED = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64
 
 
 def locate(weights: str, name: str) -> Path | None:
@@ -43,44 +49,83 @@ def locate(weights: str, name: str) -> Path | None:
 
 @contextlib.contextmanager
 def loading(weights: str, kind: str):
-    """Say in one line what a library raises while it loads weights of some kind."""
+    """Say in one line what a library raises while it loads weights of some kind.
+
+    The library's random initial values leave the caller's random numbers as they are.
+    """
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except UserError:
+        raise
     except Exception as error:  # OSError, SafetensorError, its own for settings, ...: many classes
         raise UserError(f"{weights}: not {kind} ({first_line(error)})") from None
 
 
-def read_settings(weights: str, *names: str) -> dict:
-    """Return the first JSON file of those names that the weights have; UserError if none."""
-    for name in names:
-        if file := locate(weights, name):
-            settings = read_json(file)
-            if not isinstance(settings, dict):
-                raise UserError(f"{file}: expected an object of settings")
-            return settings
-    raise UserError(f"{weights} has no {' or '.join(names)}: not the weights of a model")
-
-
-def tensor_files(weights: str, wanted: Callable[[str], bool], stem="model") -> dict[str, Path]:
-    """Return {tensor name: file} for the wanted tensors of sharded or single safetensors.
-
-    Shards lie beside their index. Only the files that hold what is wanted are fetched.
-    """
-    if index := locate(weights, f"{stem}.safetensors.index.json"):
-        content = read_json(index)
-        places = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
-            raise UserError(f"{index} is not an index of safetensors")
-        beside = stem[: stem.rfind("/") + 1]
-        needed = {shard for name, shard in places.items() if wanted(name)}
-        shards = {shard: locate(weights, beside + shard) for shard in sorted(needed)}
-        if missing := [beside + shard for shard, file in shards.items() if file is None]:
-            raise UserError(f"{weights} lacks {', '.join(missing)}, which its index names")
-        return {name: shards[shard] for name, shard in places.items() if wanted(name)}
-    file = locate(weights, f"{stem}.safetensors")
+def read_settings(weights: str, name: str = "config.json") -> dict:
+    """Return what a JSON file of the weights holds; UserError if it is not there or no object."""
+    file = locate(weights, name)
     if file is None:
-        raise UserError(f"{weights} has no {stem}.safetensors and no index of its shards")
-    return {name: file for name in tensor_names(file) if wanted(name)}
+        raise UserError(f"{weights} has no {name}: not the weights of a model")
+    settings = read_json(file)
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: expected an object of settings")
+    return settings
+
+
+def tensor_files(
+    weights: str, wanted: Callable[[str], object] = bool, stem: str = "model"
+) -> dict[str, Path]:
+    """Return {tensor name: file} for the wanted tensors of safetensors, in shards or in one file.
+
+    stem: folder and beginning of the files' names, such as "vae/diffusion_pytorch_model". Shards
+    lie beside their index. Only the files that hold what is wanted are fetched.
+    """
+    beside = stem[: stem.rfind("/") + 1]
+    places = read_index(weights, f"{stem}.safetensors.index.json")  # {tensor name: shard}
+    needed = sorted({shard for name, shard in places.items() if wanted(name)})
+    files = {shard: locate(weights, beside + shard) for shard in needed}
+    missing = [beside + shard for shard, file in files.items() if file is None]
+    if missing or not places:
+        file = locate(weights, f"{stem}.safetensors")
+        if file is not None:  # an index of shards that are not there is a leftover
+            return {name: file for name in tensor_names(file) if wanted(name)}
+        if missing:
+            raise UserError(f"{weights} lacks {', '.join(missing)}, which its index names")
+        other = others(weights, beside)
+        raise UserError(f"{weights} has no {stem}.safetensors and no index of its shards{other}")
+    found = {}
+    for shard, file in files.items():
+        names = tensor_names(file)
+        found |= {name: file for name in names if wanted(name) and places.get(name, shard) == shard}
+        promised = {name for name, place in places.items() if place == shard and wanted(name)}
+        if lost := sorted(promised - set(names)):
+            raise UserError(f"{file} lacks {lost[0]}, which its index names")
+    return found
+
+
+def read_index(weights: str, name: str) -> dict[str, str]:
+    """Return {tensor name: shard beside the index}, or nothing where there is no index."""
+    file = locate(weights, name)
+    if file is None:
+        return {}
+    content = read_json(file)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+        raise UserError(f"{file} is not an index of safetensors")
+    for shard in places.values():
+        if not re.fullmatch(r"[^/\\]+\.safetensors", shard):
+            raise UserError(f"{file} names {shard}: not a safetensors file beside it")
+    return places
+
+
+def others(weights: str, folder: str) -> str:
+    """Return what to say of weights that cannot be read and lie where others are looked for."""
+    settings = locate(weights, f"{folder}config.json")
+    there = sorted(settings.parent.iterdir()) if settings else []
+    kinds = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+    names = [file.name for file in there if file.suffix in kinds]
+    return f"; {', '.join(names)} cannot be read instead" if names else ""
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -92,21 +137,103 @@ def tensor_names(file: Path) -> list[str]:
         raise UserError(f"{file} is not readable as safetensors: {error}") from None
 
 
-def check_tensors(weights: str, report: dict, not_needed: str):
-    """Raise UserError unless a library has used every tensor and has got every one that it needs.
+def read_tensor(file: Path, name: str) -> Tensor:
+    """Return one tensor of a safetensors file, mapped: its memory is read when it is used."""
+    try:
+        with safetensors.safe_open(
+            file, "pt"
+        ) as content:  # anew each time: what was read is let go
+            return content.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{file}: {name} cannot be read: {error}") from None
 
-    report: its loading info. not_needed: a pattern of names, of heads that only training needs. A
-    tensor that the model does not know, such as the scales of quantised weights, changes what the
+
+def check_names(weights: str, missing: Iterable[str], foreign: Iterable[str]):
+    """Raise UserError if a model's tensors are missing, or if others are there.
+
+    A tensor that the model does not know, such as the scale of quantised weights, changes what the
     others mean.
     """
-    for found, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, but should not,")):
-        odd = sorted(name for name in report[found] if not re.match(not_needed, name))
-        if odd:
+    for names, what in ((missing, "lacks"), (foreign, "has, but should not,")):
+        if odd := sorted(names):
             more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
             raise UserError(f"{weights} {what} {odd[0]}{more}: not the weights it says")
 
 
-def digest(files: Sequence[Path]) -> str:
+def check_shape(where: str, found: Sequence[int], expected: Sequence[int]):
+    """Raise UserError if a tensor is of another shape than the model's."""
+    if tuple(found) != tuple(expected):
+        raise UserError(f"{where} is {tuple(found)}, expected {tuple(expected)}")
+
+
+def check_stored(where: str, tensor: Tensor):
+    """Raise UserError if a tensor is quantised: of 8 bits or fewer a number."""
+    if tensor.dtype not in STORED:
+        raise UserError(f"{where} is stored as {tensor.dtype}: quantised weights are not read here")
+
+
+def fill(
+    model: nn.Module,
+    weights: str,
+    files: dict[str, Path],
+    dtype: torch.dtype,
+    rename: Callable[[str], str] = str,
+):
+    """Give a model that was built on the meta device its tensors, in dtype, one after the other.
+
+    files: {tensor name: file} of `tensor_files`; rename: from these names to the model's. Besides
+    the model at most one tensor is in memory. UserError if any is missing, foreign, of another
+    shape or quantised.
+    """
+    shapes = {name: x.shape for name, x in model.state_dict().items()}
+    sources = {rename(name): (file, name) for name, file in files.items()}
+    check_names(weights, shapes.keys() - sources.keys(), sources.keys() - shapes.keys())
+    if len(sources) < len(files):
+        raise UserError(f"{weights} holds tensors twice, under two names")
+    tensors = {}
+    for name, (file, there) in sources.items():
+        source = read_tensor(file, there)
+        check_shape(f"{file}: {there}", source.shape, shapes[name])
+        check_stored(f"{file}: {there}", source)
+        tensors[name] = source.to(dtype, copy=True)
+    model.load_state_dict(tensors, assign=True)
+
+
+def build_by_library(
+    kind: type[nn.Module],
+    settings: object,
+    weights: str,
+    files: dict[str, Path],
+    dtype: torch.dtype,
+    heads: re.Pattern,
+) -> nn.Module:
+    """Return a model that transformers loads from these tensors: it knows names of older versions.
+
+    kind, settings: its classes; files: as for `fill`; heads: names that only training needs.
+    UserError if any other tensor is missing, foreign, of another shape or quantised.
+    """
+    tensors = {name: read_tensor(file, name) for name, file in files.items()}
+    model, report = kind.from_pretrained(
+        None,  # no place to look for others
+        config=settings,
+        state_dict=tensors,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,  # they are named below
+        output_loading_info=True,
+    )
+    lost, odd = (
+        {name for name in report[names] if not heads.match(name)}
+        for names in ("missing_keys", "unexpected_keys")
+    )
+    check_names(weights, lost, odd)
+    for name, found, expected in report["mismatched_keys"]:
+        check_shape(f"{weights}: {name}", found, expected)
+    for name, tensor in tensors.items():
+        check_stored(f"{weights}: {name}", tensor)
+    return model
+
+
+def digest(files: Collection[Path]) -> str:
     """Return 16 hexadecimal digits that stand for the content of files (SHA-256)."""
     total = hashlib.sha256()
     for path in sorted(set(files)):

@@ -3,18 +3,20 @@
 The tests write the checkpoints themselves, in the layout of the released ones. Compared are: the
 tower of Qwen2.5-VL with transformers' own image processor and tower, given the weights directly;
 V-JEPA 2, umT5 and BERT with transformers' models on the same pixels and padded batches; Wan's VAE
-with diffusers' own; what is fetched of a hub id with what a folder holds; and memory with the size
-of the tower. Loaders with their own order of tokens, own normalisation or a part left at random
-fail here. All that is missing, damaged or foreign gives one line.
+with diffusers' own; a repository in the hub's cache with the same one as a folder; and memory with
+the size of the tower. Loaders with their own order of tokens, own normalisation or a part left at
+random fail here. All that is missing, damaged or foreign gives one line.
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,45 +24,42 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from released import (
+    FIRST_WORD,
+    MEAN,
+    QWEN,
+    SHARDS,
+    STD,
+    VISION,
+    VJEPA2,
+    WAN,
+    WORDS,
+    bert_model,
+    fill,
+    library_tower,
+    randn,
+    transformers,
+    umt5_model,
+    vjepa2_model,
+    write_hub,
+    write_index,
+    write_qwen,
+    write_settings,
+    write_t5_tokenizer,
+    write_wan,
+    write_word_tokenizer,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import to_float
 from plumbing.files import UserError, require
-from plumbing.weights import locate, read_settings, tensor_files
-from semantic import VJEPA2, PretrainedEncoderConfig, QwenVisionTower, describe_encoder
+from plumbing.weights import locate, read_settings, read_tensor, tensor_files
+from semantic import ENCODERS, PretrainedEncoderConfig, QwenVisionTower, describe_encoder
 from text import UMT5, UMT5Config, describe_text
 from vae import WanVAE, WanVAEConfig, describe_vae
 
-transformers = pytest.importorskip("transformers")
-diffusers = pytest.importorskip("diffusers")
-tokenizers = pytest.importorskip("tokenizers")
-
 ROOT = Path(__file__).parents[1]
-VISION = {  # config.json of the released 3B model, smaller; windows of 4 x 4 features
-    "depth": 4,
-    "hidden_act": "silu",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_heads": 4,
-    "in_chans": 3,
-    "out_hidden_size": 48,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "spatial_patch_size": 14,
-    "window_size": 112,
-    "fullatt_block_indexes": [1, 3],
-    "tokens_per_second": 2,
-    "temporal_patch_size": 2,
-}
-LANGUAGE = {  # names of the language model's tensors, which nothing here may need
-    "model.embed_tokens.weight": (11, 8),
-    "model.layers.0.self_attn.q_proj.weight": (8, 8),
-    "model.layers.1.mlp.down_proj.weight": (8, 8),
-    "model.norm.weight": (8,),
-    "lm_head.weight": (11, 8),
-}
-SHARDS = [f"model-{k:05d}-of-00004.safetensors" for k in (1, 2, 3, 4)]  # the tower: in 1 and 2
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -72,27 +71,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def random_video(B: int, frames: int, height: int, width: int, seed: int = 0) -> Tensor:
     """Return video (B, 3, F, H, W) uint8: noise, so that no two places look alike."""
     generator = torch.Generator().manual_seed(seed)
     size = (B, 3, frames, height, width)
     return torch.randint(256, size, generator=generator, dtype=torch.uint8)
-
-
-def fill(tensors: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """Return random tensors of the same names and shapes, under which every layer matters."""
-    found = {}
-    for k, (name, x) in enumerate(tensors.items()):
-        found[name] = randn(*x.shape, seed=1000 * seed + k)
-        if x.ndim == 1 and name.endswith("weight"):  # gains
-            found[name] = 1 + 0.2 * found[name]
-        elif x.ndim > 1:
-            found[name] /= x[0].numel() ** 0.5
-    return found
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float):
@@ -135,45 +118,7 @@ def cut(file: Path):
 # --- the tower of Qwen2.5-VL --------------------------------------------------------------------
 
 
-def library_tower(vision: dict = VISION) -> torch.nn.Module:
-    config = transformers.models.qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig
-    with torch.random.fork_rng():
-        return transformers.Qwen2_5_VisionTransformerPretrainedModel(config(**vision)).eval()
-
-
-def write_settings(folder: Path, vision: dict = VISION):
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "hidden_size": 8}
-    settings |= {"model_type": "qwen2_5_vl", "vision_config": vision, "torch_dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(settings))
-
-
-def write_index(folder: Path, shards: dict[str, dict]):
-    places = {name: shard for shard, tensors in shards.items() for name in tensors}
-    index = {"metadata": {"total_size": 1}, "weight_map": dict(sorted(places.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def write_checkpoint(folder: Path, tower: dict[str, Tensor], prefix: str = "visual.") -> Path:
-    """Write a Qwen2.5-VL: the tower in shards 1 and 2, the language model in 2, 3 and 4."""
-    write_settings(folder)
-    visual = {prefix + name: x for name, x in tower.items()}
-    names, half = list(visual), len(visual) // 2
-    language = {name: randn(*shape) for name, shape in LANGUAGE.items()}
-    first, second, third, fourth = (
-        {name: visual[name] for name in names[:half]},
-        {name: visual[name] for name in names[half:]},
-        {name: language.pop(name) for name in list(language)[1:3]},
-        {"lm_head.weight": language.pop("lm_head.weight")},
-    )
-    shards = dict(zip(SHARDS, (first, second | language, third, fourth), strict=True))
-    for shard, tensors in shards.items():
-        save_file(tensors, folder / shard, {"format": "pt"})
-    write_index(folder, shards)
-    return folder
-
-
-def load_tower(folder: Path, dtype: str = "float32", **changes) -> QwenVisionTower:
+def load_tower(folder: Path | str, dtype: str = "float32", **changes) -> QwenVisionTower:
     return QwenVisionTower(replace(describe_encoder(str(folder)), dtype=dtype, **changes))
 
 
@@ -192,7 +137,7 @@ def reference(weights) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def checkpoint(weights, tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("qwen"), weights)
+    return write_qwen(tmp_path_factory.mktemp("qwen"), weights)
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +227,7 @@ def test_the_tower_of_a_checkpoint_that_transformers_saved(tmp_path):
 @pytest.mark.parametrize("layout", ["other prefix", "one file", "one file, other prefix"])
 def test_other_layouts_give_the_same_features(tmp_path, weights, tower, layout):
     prefix = "model.visual." if "other prefix" in layout else "visual."
-    write_checkpoint(tmp_path, weights, prefix)
+    write_qwen(tmp_path, weights, prefix)
     if "one file" in layout:
         tensors = {}
         for shard in SHARDS:
@@ -365,7 +310,7 @@ def test_bfloat16_keeps_the_positions_of_float32(checkpoint, tower):
 def test_weights_kept_in_bfloat16_are_read_as_they_are(tmp_path, weights):
     """As the released ones are: a tower in float32 computes with the values of bfloat16."""
     rounded = {name: x.bfloat16() for name, x in weights.items()}
-    write_checkpoint(tmp_path, rounded)
+    write_qwen(tmp_path, rounded)
     reference = library_tower()
     reference.load_state_dict({name: x.float() for name, x in rounded.items()})
     video = random_video(1, 2, 84, 140)
@@ -431,6 +376,22 @@ def add(folder: Path, name: str):
     )
 
 
+def to_fp8(x: Tensor) -> Tensor:
+    return x.to(torch.float8_e4m3fn)
+
+
+def quantise(name: str, scale: str) -> Callable[[dict], None]:
+    """Put a tensor at 8 bits, a tenth of it, beside its scale."""
+    return lambda x: x.update({name: to_fp8(x[name] * 10), scale: torch.tensor(0.1)})
+
+
+def point_to(shard: str) -> Callable[[Path], None]:
+    """Let the index name another file for a tensor of the tower."""
+    return lambda folder: edit_json(
+        folder / "model.safetensors.index.json", lambda x: x["weight_map"].update({FIRST: shard})
+    )
+
+
 def set_vision(**changes) -> Callable[[Path], None]:
     return lambda folder: write_settings(
         folder, {k: v for k, v in {**VISION, **changes}.items() if v is not None}
@@ -452,7 +413,29 @@ WRONG = {  # what is done to the checkpoint, and the words that name it
     "a shard is cut": (lambda f: cut(f / SHARDS[0]), [SHARDS[0]]),
     "a shard is empty": (lambda f: (f / SHARDS[1]).write_bytes(b""), [SHARDS[1]]),
     "a shard is rubbish": (lambda f: (f / SHARDS[1]).write_bytes(b"rubbish" * 99), [SHARDS[1]]),
+    "a tensor that the index does not name": (
+        lambda f: edit_tensors(f / SHARDS[1], lambda x: x.update({"visual.odd": randn(4)})),
+        ["should not", "odd"],
+    ),
+    "a tensor under two names": (
+        lambda f: edit_tensors(f / SHARDS[0], lambda x: x.update({f"model.{FIRST}": x[FIRST] + 1})),
+        ["twice"],
+    ),
+    "weights of 8 bits": (
+        lambda f: edit_tensors(f / SHARDS[0], lambda x: x.update({FIRST: to_fp8(x[FIRST])})),
+        [FIRST, "float8_e4m3fn", "quantised"],
+    ),
+    "weights of 8 bits and their scales": (
+        lambda f: edit_tensors(f / SHARDS[0], quantise(FIRST, f"{FIRST}_scale_inv")),
+        ["should not", "patch_embed.proj.weight_scale_inv"],
+    ),
     "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), ["no index"]),
+    "the index names no safetensors": (point_to("pytorch_model.bin"), ["names pytorch_model.bin"]),
+    "the index names another folder": (
+        point_to(f"../other/{SHARDS[0]}"),
+        [f"names ../other/{SHARDS[0]}", "beside it"],
+    ),
+    "the index names a file of the machine": (point_to("/x.safetensors"), ["beside it"]),
     "the index is no index": (
         lambda f: (f / "model.safetensors.index.json").write_text("[]"),
         ["model.safetensors.index.json"],
@@ -501,6 +484,30 @@ def test_what_is_wrong_with_a_checkpoint_is_one_line(tmp_path, checkpoint, spoil
 def test_a_folder_that_is_not_there(tmp_path):
     with refused(str(tmp_path / "x"), "neither a folder"):
         describe_encoder(str(tmp_path / "x"))
+
+
+def test_a_quantised_language_model_does_not_matter(tmp_path, checkpoint, tower):
+    """As in the repositories whose names end in -AWQ: their tower is not quantised."""
+    folder = copied(checkpoint, tmp_path / "x")
+    edit_json(folder / "config.json", lambda x: x.update(quantization_config={"bits": 4}))
+    for shard in SHARDS[2:]:
+        save_file({"model.layers.0.mlp.qweight": torch.ones(8, dtype=torch.int32)}, folder / shard)
+    video = to_float(random_video(1, 2, 28, 84))
+    assert load_tower(folder).encode(video).equal(tower.encode(video))
+
+
+def test_an_index_of_shards_that_are_not_there_is_a_leftover(tmp_path, checkpoint, tower):
+    """A file of all tensors beside it is read; beside the shards it is not needed."""
+    folder = copied(checkpoint, tmp_path / "x")
+    tensors = {}
+    for shard in SHARDS:
+        tensors |= load_file(folder / shard)
+    (folder / "model.safetensors").write_bytes(b"rubbish")
+    video = to_float(random_video(1, 2, 28, 84))
+    assert load_tower(folder).encode(video).equal(tower.encode(video))
+    save_file(tensors, folder / "model.safetensors")
+    (folder / SHARDS[0]).unlink()
+    assert load_tower(folder).encode(video).equal(tower.encode(video))
 
 
 MEASURE = """
@@ -576,27 +583,13 @@ def test_memory_is_that_of_the_tower(tmp_path, checkpoint, layout):
 
 @pytest.fixture(scope="module")
 def vjepa2(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
-    folder = tmp_path_factory.mktemp("vjepa2")
-    config = transformers.VJEPA2Config(
-        crop_size=64,
-        frames_per_clip=8,
-        hidden_size=48,
-        num_attention_heads=4,
-        num_hidden_layers=3,
-        mlp_ratio=2.0,
-        pred_hidden_size=24,
-        pred_num_attention_heads=2,
-        pred_num_hidden_layers=1,
-    )
-    with torch.random.fork_rng():
-        model = transformers.VJEPA2Model(config).eval()
-    model.load_state_dict(fill(model.state_dict()))
+    folder, model = tmp_path_factory.mktemp("vjepa2"), vjepa2_model()
     model.save_pretrained(folder)
     return folder, model
 
 
-def load_vjepa2(folder: Path, **changes) -> VJEPA2:
-    return VJEPA2(replace(describe_encoder(str(folder)), dtype="float32", **changes))
+def load_vjepa2(folder: Path | str, **changes) -> torch.nn.Module:
+    return ENCODERS["vjepa2"](replace(describe_encoder(str(folder)), dtype="float32", **changes))
 
 
 def test_vjepa2_is_that_of_transformers(vjepa2):
@@ -655,6 +648,17 @@ def test_vjepa2_reads_pairs(vjepa2):
         load_vjepa2(vjepa2[0]).encode(torch.zeros(1, 3, 3, 64, 64))
 
 
+def test_vjepa2_of_a_classifier_has_parts_that_are_not_needed(tmp_path, vjepa2):
+    """Its names begin otherwise, its head is not the encoder's, and it may lack the predictor."""
+    encoder = {k: x for k, x in vjepa2[1].state_dict().items() if k.startswith("encoder.")}
+    other = {"vjepa2.predictor.proj.bias": randn(3), "pooler.layer.bias": randn(3)}
+    tensors = {f"vjepa2.{k}": x for k, x in encoder.items()} | other
+    save_file(tensors | {"classifier.weight": randn(4, 3)}, tmp_path / "model.safetensors")
+    shutil.copy(vjepa2[0] / "config.json", tmp_path)
+    video = to_float(random_video(1, 4, 64, 64))
+    assert load_vjepa2(tmp_path).encode(video).equal(load_vjepa2(vjepa2[0]).encode(video))
+
+
 PROJECTION = "encoder.embeddings.patch_embeddings.proj.weight"
 
 
@@ -667,10 +671,17 @@ WRONG_VJEPA2 = {
         spoil_vjepa2(lambda x: x.update({f"{PROJECTION}_scale": randn(1)})),
         ["should not", f"{PROJECTION}_scale"],
     ),
+    "weights of 8 bits": (
+        spoil_vjepa2(lambda x: x.update({PROJECTION: to_fp8(x[PROJECTION])})),
+        [PROJECTION, "float8_e4m3fn", "quantised"],
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors"]),
     "cut": (lambda f: cut(f / "model.safetensors"), ["model.safetensors"]),
     "a tensor is missing": (spoil_vjepa2(lambda x: x.pop(PROJECTION)), ["lacks", PROJECTION]),
-    "a shape is wrong": (spoil_vjepa2(lambda x: x.update({PROJECTION: randn(3)})), ["V-JEPA 2"]),
+    "a shape is wrong": (
+        spoil_vjepa2(lambda x: x.update({PROJECTION: randn(3)})),
+        [f"{PROJECTION} is (3,), expected (48, 3, 2, 16, 16)"],
+    ),
     "foreign weights": (
         lambda f: save_file({"a.weight": randn(3)}, f / "model.safetensors"),
         ["lacks encoder."],
@@ -705,26 +716,18 @@ def test_a_damaged_shard_of_vjepa2_is_one_line(tmp_path, vjepa2):
 
 # --- Wan's VAE ----------------------------------------------------------------------------------
 
-MEAN, STD = [0.3, -0.5, 0.1, 0.9], [0.5, 2.0, 1.5, 0.8]
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Module]]:
+    """Return Wan's whole repository, and the library's own model of each of its folders."""
+    folder = tmp_path_factory.mktemp("wan")
+    return folder, write_wan(folder)
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
-    """Return a folder with the VAE in it, and diffusers' own model."""
-    folder = tmp_path_factory.mktemp("wan")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = diffusers.AutoencoderKLWan(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1, 2, 4, 4],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=MEAN,
-            latents_std=STD,
-        ).eval()
-    model.save_pretrained(folder)
-    return folder, model
+def wan(release) -> tuple[Path, torch.nn.Module]:
+    """Return the repository that holds the VAE, and diffusers' own model."""
+    return release[0], release[1]["vae"]
 
 
 @pytest.fixture(scope="module")
@@ -778,10 +781,9 @@ def test_the_posterior_is_that_of_diffusers_samples(wan, vae):
     assert mean.dtype == log_variance.dtype == torch.float32
 
 
-def test_a_vae_in_a_pipelines_folder(tmp_path, wan, vae):
-    copied(wan[0], tmp_path / "vae")
-    config = describe_vae(str(tmp_path))
-    assert config == replace(vae.config, weights=str(tmp_path))
+def test_a_vae_in_a_folder_of_its_own(tmp_path, wan, vae):
+    config = describe_vae(str(copied(wan[0] / "vae", tmp_path / "x")))
+    assert config == replace(vae.config, weights=str(tmp_path / "x"))
     video = to_float(random_video(1, 5, 16, 16))
     assert WanVAE(config).encode(video).equal(vae.encode(video))
 
@@ -791,6 +793,14 @@ def test_a_vae_in_shards(tmp_path, wan, vae):
     assert len(list((tmp_path / "vae").glob("*.safetensors"))) > 1
     video = to_float(random_video(1, 5, 16, 16))
     assert WanVAE(describe_vae(str(tmp_path))).encode(video).equal(vae.encode(video))
+
+
+def test_other_statistics_of_latents_are_another_vae(tmp_path, wan):
+    """They stand in config.json, not among the tensors, and decide what latents are."""
+    folder = copied(wan[0] / "vae", tmp_path / "x")
+    before = describe_vae(str(folder))
+    edit_json(folder / "config.json", lambda x: x["latents_std"].reverse())
+    assert describe_vae(str(folder)).digest != before.digest
 
 
 def test_describe_reads_the_vaes_sizes(wan):
@@ -888,7 +898,27 @@ def spoil_vae(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return lambda folder: edit_tensors(folder / VAE_FILE, change)
 
 
+def rename(file: Path, name: str):
+    file.rename(file.with_name(name))
+
+
 WRONG_VAE = {
+    "only a variant": (
+        lambda f: rename(f / VAE_FILE, "diffusion_pytorch_model.fp16.safetensors"),
+        ["no index of its shards; diffusion_pytorch_model.fp16.safetensors cannot be read"],
+    ),
+    "only a pickle": (
+        lambda f: rename(f / VAE_FILE, "diffusion_pytorch_model.bin"),
+        [VAE_FILE, "diffusion_pytorch_model.bin cannot be read"],
+    ),
+    "scales of quantised weights": (
+        spoil_vae(quantise("quant_conv.weight", "quant_conv.scale_weight")),
+        ["should not", "quant_conv.scale_weight"],
+    ),
+    "weights of 8 bits": (
+        spoil_vae(lambda x: x.update({"quant_conv.weight": to_fp8(x["quant_conv.weight"])})),
+        ["quant_conv.weight", "float8_e4m3fn", "quantised"],
+    ),
     "no weights": (lambda f: (f / VAE_FILE).unlink(), [VAE_FILE]),
     "cut": (lambda f: cut(f / VAE_FILE), [VAE_FILE]),
     "a tensor is missing": (
@@ -896,7 +926,10 @@ WRONG_VAE = {
         ["quant_conv.weight"],
     ),
     "a tensor is foreign": (spoil_vae(lambda x: x.update({"odd": randn(3)})), ["odd"]),
-    "a shape is wrong": (spoil_vae(lambda x: x.update({"quant_conv.bias": randn(3)})), ["VAE"]),
+    "a shape is wrong": (
+        spoil_vae(lambda x: x.update({"quant_conv.bias": randn(3)})),
+        ["quant_conv.bias is (3,), expected (8,)"],
+    ),
     "foreign weights": (
         lambda f: save_file({"a.weight": randn(3), "b.weight": randn(3)}, f / VAE_FILE),
         ["lacks"],
@@ -912,7 +945,7 @@ WRONG_VAE = {
     ),
     "another width": (
         lambda f: edit_json(f / "config.json", lambda x: x.update(base_dim=16)),
-        ["VAE"],
+        ["is (", "expected ("],
     ),
 }
 
@@ -920,14 +953,14 @@ WRONG_VAE = {
 @pytest.mark.parametrize("subfolder", ["", "vae"], ids=["root", "pipeline"])
 @pytest.mark.parametrize(("spoil", "words"), WRONG_VAE.values(), ids=WRONG_VAE)
 def test_what_is_wrong_with_a_vae_is_one_line(tmp_path, wan, spoil, words, subfolder):
-    folder = copied(wan[0], tmp_path / "x" / subfolder)
+    folder = copied(wan[0] / "vae", tmp_path / "x" / subfolder)
     spoil(folder)
     with refused(*words):
         WanVAE(describe_vae(str(tmp_path / "x")))
 
 
 def test_weights_that_vanish_after_they_were_described(tmp_path, wan):
-    folder = copied(wan[0], tmp_path / "x")
+    folder = copied(wan[0] / "vae", tmp_path / "x")
     config = describe_vae(str(folder))
     cut(folder / VAE_FILE)
     with refused(str(folder)):
@@ -939,7 +972,6 @@ def test_weights_that_vanish_after_they_were_described(tmp_path, wan):
 
 # --- text encoders ------------------------------------------------------------------------------
 
-WORDS = ["a", "red", "blue", "circle", "square", "moves", "left", "right", "up", "and", "grows"]
 SENTENCES = [
     "a red circle moves left",
     "",
@@ -950,59 +982,27 @@ SENTENCES = [
 ]
 
 
-def write_tokenizer(folder: Path, ends: bool):
-    """Write a tokenizer of whole words; ends: put </s> after each text, as T5's does."""
-    vocabulary = {word: k for k, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    inside = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    inside.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    if ends:
-        inside.post_processor = tokenizers.processors.TemplateProcessing(
-            single="$A </s>", special_tokens=[("</s>", 1)]
-        )
-    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=inside, **special).save_pretrained(folder)
-
-
-def text_model(kind: str) -> torch.nn.Module:
-    size = 3 + len(WORDS)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if kind == "umt5":
-            config = transformers.UMT5Config(
-                vocab_size=size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
-            )
-            return transformers.UMT5EncoderModel(config).eval()
-        config = transformers.BertConfig(
-            vocab_size=size,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            max_position_embeddings=24,
-        )
-        return transformers.BertModel(config).eval()
-
-
-TEXTS = ["umt5, pipeline", "umt5, pipeline, one file", "umt5, one folder", "bert, one folder"]
+TEXTS = ["umt5, pipeline", "umt5, one folder", "bert, one folder"]
 
 
 @pytest.fixture(scope="module", params=TEXTS)
 def text(request, tmp_path_factory) -> tuple[Path, torch.nn.Module]:
-    """Return a folder with encoder and tokenizer, and transformers' own encoder.
-
-    A pipeline's repository has subfolders and, as the released ones, shards in them.
-    """
-    kind, *layout = request.param.split(", ")
-    folder, model = tmp_path_factory.mktemp("text"), text_model(kind)
-    pipeline = "pipeline" in layout
-    write_tokenizer(folder / "tokenizer" if pipeline else folder, ends=kind == "umt5")
-    size = "20KB" if layout == ["pipeline"] else "5GB"
-    model.save_pretrained(folder / "text_encoder" if pipeline else folder, max_shard_size=size)
-    assert (len(list(folder.rglob("*.safetensors"))) > 1) == (layout == ["pipeline"])
+    """Return a folder with encoder and tokenizer, and transformers' own encoder."""
+    if request.param == "umt5, pipeline":
+        folder, models = request.getfixturevalue("release")
+        return folder, models["text_encoder"]
+    folder = tmp_path_factory.mktemp("text")
+    if request.param == "umt5, one folder":
+        write_t5_tokenizer(folder)
+        model = umt5_model()
+    else:
+        write_word_tokenizer(folder)
+        model = bert_model()
+    model.save_pretrained(folder)
     return folder, model
 
 
-def load_text(folder: Path, **changes) -> UMT5:
+def load_text(folder: Path | str, **changes) -> UMT5:
     changes = {"dtype": "float32", "words": 12, **changes}
     return UMT5(replace(describe_text(str(folder)), **changes))
 
@@ -1041,7 +1041,7 @@ def test_longer_texts_are_cut(text):
     tokens = encoder.encode(["red " * 40, "red"])
     assert tokens.shape == (2, 5, 32) and tokens[0].any(-1).all()
     end = [1] if "umt5" in type(model).__name__.lower() else []  # </s> is kept
-    red = 3 + WORDS.index("red")
+    red = FIRST_WORD + WORDS.index("red")
     ids = torch.tensor([[red] * (5 - len(end)) + end])
     assert_close(tokens[:1], model(input_ids=ids).last_hidden_state, 1e-5)
 
@@ -1069,8 +1069,9 @@ def test_describe_reads_the_width_and_length_of_a_text_encoder(text):
 
 @pytest.fixture
 def pipeline(tmp_path) -> Path:
-    write_tokenizer(tmp_path / "tokenizer", ends=True)
-    text_model("umt5").save_pretrained(tmp_path / "text_encoder")
+    """Return a pipeline's repository whose text encoder is one file, easy to spoil."""
+    write_t5_tokenizer(tmp_path / "tokenizer")
+    umt5_model().save_pretrained(tmp_path / "text_encoder")
     return tmp_path
 
 
@@ -1078,14 +1079,38 @@ TEXT_FILE = "text_encoder/model.safetensors"
 TEXT_SETTINGS = "text_encoder/config.json"
 
 
-def add_scales(file: Path):
-    """As quantised weights have them: without their use the weights mean something else."""
-    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    edit_tensors(file, lambda x: x.update({f"{name}_scale": torch.tensor(0.1)}))
+def scaled(end: str) -> Callable[[Path], None]:
+    """As quantised weights are: without their scales they mean something else."""
+    name = "encoder.block.0.layer.0.SelfAttention.q"
+    return lambda f: edit_tensors(f / TEXT_FILE, quantise(f"{name}.weight", f"{name}.{end}"))
+
+
+def run_code(folder: Path):
+    """Let the settings name code of their own, which nothing here may run or ask about."""
+    (folder / "text_encoder/code.py").write_text("raise SystemExit('it was run')")
+    auto = {"AutoConfig": "code.Config", "AutoModelForTextEncoding": "code.Model"}
+    edit_json(folder / TEXT_SETTINGS, lambda x: x.update(model_type="mine", auto_map=auto))
 
 
 WRONG_TEXT = {
-    "scales of quantised weights": (lambda f: add_scales(f / TEXT_FILE), ["q.weight_scale"]),
+    "weight_scale": (scaled("weight_scale"), ["should not", "q.weight_scale"]),
+    "scale_weight": (scaled("scale_weight"), ["should not", "q.scale_weight"]),
+    "weight_scale_inv": (scaled("weight_scale_inv"), ["should not", "q.weight_scale_inv"]),
+    "weights of 8 bits": (
+        lambda f: edit_tensors(
+            f / TEXT_FILE, lambda x: x.update({k: to_fp8(v) for k, v in x.items() if "wo" in k})
+        ),
+        ["wo.weight is stored as torch.float8_e4m3fn", "quantised"],
+    ),
+    "settings of quantised weights": (
+        lambda f: edit_json(f / TEXT_SETTINGS, lambda x: x.update(quantization_config={})),
+        ["quantization_config"],
+    ),
+    "code of its own": (run_code, ["text encoder"]),
+    "only a pickle": (
+        lambda f: rename(f / TEXT_FILE, "pytorch_model.bin"),
+        [TEXT_FILE, "pytorch_model.bin cannot be read"],
+    ),
     "a mark of quantised weights": (
         lambda f: edit_tensors(f / TEXT_FILE, lambda x: x.update(scaled_fp8=randn(0))),
         ["scaled_fp8"],
@@ -1102,13 +1127,17 @@ WRONG_TEXT = {
         lambda f: edit_tensors(
             f / TEXT_FILE, lambda x: x.update({"encoder.final_layer_norm.weight": randn(3)})
         ),
-        ["text encoder"],
+        ["final_layer_norm.weight is (3,), expected (32,)"],
     ),
     "foreign weights": (lambda f: save_file({"a": randn(3)}, f / TEXT_FILE), ["lacks"]),
     "no config.json": (lambda f: (f / TEXT_SETTINGS).unlink(), ["config.json"]),
     "no width": (
         lambda f: edit_json(f / TEXT_SETTINGS, lambda x: x.pop("d_model")),
         ["d_model or hidden_size"],
+    ),
+    "a length that is no number": (
+        lambda f: edit_json(f / TEXT_SETTINGS, lambda x: x.update(max_position_embeddings="all")),
+        ["length"],
     ),
     "an unknown model": (
         lambda f: edit_json(f / TEXT_SETTINGS, lambda x: x.update(model_type="nobody")),
@@ -1125,24 +1154,63 @@ def test_what_is_wrong_with_a_text_encoder_is_one_line(pipeline, spoil, words):
         load_text(pipeline)
 
 
-def sharded(folder: Path) -> Path:
-    """Write a pipeline's text encoder in shards, as the released ones are."""
-    write_tokenizer(folder / "tokenizer", ends=True)
-    text_model("umt5").save_pretrained(folder / "text_encoder", max_shard_size="20KB")
-    return folder
+def test_another_tokenizer_is_another_text_encoder(pipeline):
+    before = describe_text(str(pipeline))
+    edit_json(pipeline / "tokenizer/tokenizer.json", lambda x: x["model"]["vocab"].reverse())
+    assert describe_text(str(pipeline)).digest != before.digest
 
 
-def test_a_missing_shard_is_named_with_its_folder(tmp_path):
-    shard = sorted((sharded(tmp_path) / "text_encoder").glob("model-*"))[1]
-    shard.unlink()
-    with refused(f"lacks text_encoder/{shard.name}"):
-        load_text(tmp_path)
+@torch.no_grad()
+def test_embeddings_apart_from_the_shared_ones_are_those_that_count(tmp_path):
+    """As in the released umT5: both are there, and differ once `tie_word_embeddings` is false."""
+    config = umt5_model().config
+    config.tie_word_embeddings = False
+    with torch.random.fork_rng():
+        model = transformers.UMT5EncoderModel(config).eval()
+    model.load_state_dict(fill(model.state_dict()))
+    write_t5_tokenizer(tmp_path)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[FIRST_WORD, FIRST_WORD + 1, 1]])
+    encoder = load_text(tmp_path)
+    expected = model(input_ids=ids).last_hidden_state
+    assert_close(encoder.encode([" ".join(WORDS[:2])])[:, :3], expected, 1e-5)
+
+
+def test_a_text_encoder_of_older_versions(tmp_path):
+    """A BERT with the head of its training, its names' beginning, and the places as a buffer."""
+    model = bert_model()
+    tensors = {f"bert.{k}": x for k, x in model.state_dict().items() if "pooler" not in k}
+    tensors |= {"cls.predictions.bias": randn(14), "cls.seq_relationship.bias": randn(2)}
+    tensors["bert.embeddings.position_ids"] = torch.arange(24)[None]
+    write_word_tokenizer(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = torch.tensor([[FIRST_WORD, FIRST_WORD + 1]])
+    with torch.no_grad():
+        expected = model(input_ids=ids).last_hidden_state
+    assert_close(load_text(tmp_path).encode([" ".join(WORDS[:2])])[:, :2], expected, 1e-5)
+
+
+def test_count_tells_how_much_of_a_text_is_read(text):
+    encoder = load_text(text[0], words=6)
+    for sentence in [*SENTENCES, "red " * 40, "a\ud800 red"]:
+        count = encoder.count(sentence)
+        assert min(count, 6) == encoder.encode([sentence])[0].any(-1).sum()
+    end = "umt5" in type(text[1]).__name__.lower()
+    assert encoder.count("red " * 40) == 40 + end and encoder.count(" ") == 0
+
+
+def test_a_missing_shard_is_named_with_its_folder(tmp_path, release):
+    folder = copied(release[0], tmp_path / "x")
+    (folder / "text_encoder/model-00002-of-00005.safetensors").unlink()
+    with refused("lacks text_encoder/model-00002-of-00005.safetensors"):
+        load_text(folder)
 
 
 def test_a_whole_t5_has_a_decoder_that_is_not_needed(tmp_path):
     """The encoder of a checkpoint that holds encoder, decoder and head."""
-    write_tokenizer(tmp_path, ends=True)
-    config = text_model("umt5").config
+    write_t5_tokenizer(tmp_path)
+    config = umt5_model().config
     config.is_encoder_decoder, config.decoder_start_token_id = True, 0
     with torch.random.fork_rng():
         model = transformers.UMT5ForConditionalGeneration(config).eval()
@@ -1150,7 +1218,7 @@ def test_a_whole_t5_has_a_decoder_that_is_not_needed(tmp_path):
     ids = torch.tensor([[5, 6, 1]])
     with torch.no_grad():
         expected = model.encoder(input_ids=ids).last_hidden_state
-    words = " ".join(WORDS[k - 3] for k in (5, 6))
+    words = " ".join(WORDS[k - FIRST_WORD] for k in (5, 6))
     assert_close(load_text(tmp_path).encode([words])[:, :3], expected, 1e-5)
 
 
@@ -1171,9 +1239,97 @@ def test_loading_draws_no_random_numbers(checkpoint, vjepa2, wan, text):
         assert torch.random.get_rng_state().equal(state)
 
 
+PARTS = ["tower", "vjepa2", "vae", "text"]
+
+
+def part(name: str, request) -> tuple[str, Path, Callable, Callable, object]:
+    """Return a part's hub id, folder, how it is described and loaded, and something to encode."""
+    if name == "tower":
+        video = to_float(random_video(1, 2, 28, 56))
+        return QWEN, request.getfixturevalue("checkpoint"), describe_encoder, load_tower, video
+    if name == "vjepa2":
+        video = to_float(random_video(1, 4, 64, 64))
+        return VJEPA2, request.getfixturevalue("vjepa2")[0], describe_encoder, load_vjepa2, video
+    folder = request.getfixturevalue("release")[0]
+    if name == "vae":
+        video = to_float(random_video(1, 5, 16, 16))
+        return WAN, folder, describe_vae, lambda x: WanVAE(describe_vae(str(x))), video
+    return WAN, folder, describe_text, load_text, SENTENCES
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_is_let_go_with_its_last_name(request, name):
+    """Nothing of it stays: no cache, hook or closure of ours or of a library's holds it."""
+    _, folder, _, load, content = part(name, request)
+    made = load(folder)
+    made.encode(content)
+    kept = [weakref.ref(x) for x in (made, *made.modules(), *made.parameters())]
+    del made
+    gc.collect()
+    assert len(kept) > 10 and not any(x() is not None for x in kept)
+
+
 # --- the hub and the libraries ------------------------------------------------------------------
 
 HUB = "nobody/nothing"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """Return the folder of the hub's cache, still empty. The library itself reads it, offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_repository_in_the_hubs_cache_is_the_same_as_a_folder(request, hub, name):
+    repository, folder, describe, load, content = part(name, request)
+    snapshot = write_hub(hub, repository, folder)
+    config = describe(repository)
+    assert config == replace(describe(str(folder)), weights=repository)
+    expected = load(folder).encode(content)
+    assert load(repository).encode(content).equal(expected)
+    assert load(snapshot).encode(content).equal(expected)  # its files are links
+
+
+def test_the_libraries_read_the_same_of_the_hubs_cache(hub, release):
+    write_hub(hub, WAN, release[0])
+    options = dict(subfolder="text_encoder", cache_dir=hub, local_files_only=True)
+    theirs = transformers.UMT5EncoderModel.from_pretrained(WAN, **options).state_dict()
+    ours = load_text(WAN).model.state_dict()
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_the_transformer_lies_in_two_shards_beside_its_index(hub, release, place):
+    folder, models = release
+    weights = str(folder) if place == "folder" else WAN
+    write_hub(hub, WAN, folder)
+    files = tensor_files(weights, stem="transformer/diffusion_pytorch_model")
+    expected = models["transformer"].state_dict()
+    assert files.keys() == expected.keys() and len(set(files.values())) == 2
+    assert all(read_tensor(file, name).equal(expected[name]) for name, file in files.items())
+    assert {file.parent.name for file in files.values()} == {"transformer"}
+
+
+def test_what_of_a_repository_is_not_in_the_cache_is_named(hub, tmp_path, release, checkpoint):
+    """Offline: a part that was never fetched, a shard that was not, and a broken link."""
+    partial = copied(release[0], tmp_path / "x")
+    shutil.rmtree(partial / "vae")
+    shard = "text_encoder/model-00004-of-00005.safetensors"
+    (partial / shard).unlink()
+    write_hub(hub, WAN, partial)
+    with refused(WAN, "has no config.json"):
+        describe_vae(WAN)
+    with refused(WAN, f"lacks {shard}"):
+        describe_text(WAN)
+    snapshot = write_hub(hub, QWEN, checkpoint)
+    (snapshot / SHARDS[2]).resolve().unlink()  # of the language model
+    assert load_tower(QWEN).config.dim == 48
+    (snapshot / SHARDS[1]).resolve().unlink()
+    with refused(QWEN, f"lacks {SHARDS[1]}"):
+        describe_encoder(QWEN)
 
 
 def refuse(error: Exception) -> Callable:
@@ -1219,7 +1375,7 @@ def test_offline_what_the_cache_lacks_is_not_there(tmp_path, monkeypatch):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     (snapshot / "config.json").write_text('{"a": 1}')
-    assert read_settings(HUB, "vae/config.json", "config.json") == {"a": 1}
+    assert read_settings(HUB) == {"a": 1}
     with refused(HUB, "no model.safetensors"):
         tensor_files(HUB, bool)
 
@@ -1255,7 +1411,7 @@ def test_what_is_neither_folder_nor_hub_id_is_not_asked_for(monkeypatch, weights
     ("library", "extra", "build"),
     [
         ("transformers", "qwen", lambda: QwenVisionTower(PretrainedEncoderConfig(weights="x"))),
-        ("transformers", "qwen", lambda: VJEPA2(PretrainedEncoderConfig(weights="x"))),
+        ("transformers", "qwen", lambda: ENCODERS["vjepa2"](PretrainedEncoderConfig(weights="x"))),
         ("transformers", "text", lambda: UMT5(UMT5Config(weights="x"))),
         ("diffusers", "wan", lambda: WanVAE(WanVAEConfig(weights="x"))),
         ("huggingface_hub", "qwen", lambda: locate(HUB, "config.json")),

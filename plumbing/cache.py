@@ -33,6 +33,7 @@ from plumbing.weights import digest
 
 FORMAT = 2  # of the folder; raised when older ones can no longer be read
 CHUNK = 32  # clips of the world encoded at a time
+INSTALLATION = "pip install|cannot be imported"  # in a reason that is not the video's fault
 AGAIN = "run prepare.py precompute again"
 Encoders = Mapping[str, Callable[..., Tensor]]
 
@@ -104,6 +105,12 @@ def stamp_of(video: Path) -> str:
     return hash_of([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found])
 
 
+def digest_of(video: Path) -> str:
+    """Return what stands for the names and contents of a video's files."""
+    files = files_of(video)
+    return hash_of([[file.name for file in files], digest(files)])
+
+
 def open_video(cache: Path, header: dict, name: str, caption: str) -> tuple[safe_open, dict]:
     """Open a video's file; return it and what it was made of. UserError if it is damaged."""
     file = video_file(cache, name, caption)
@@ -126,14 +133,14 @@ def open_video(cache: Path, header: dict, name: str, caption: str) -> tuple[safe
 
 
 def is_current(cache: Path, header: dict, folder: Path, name: str, caption: str) -> bool:
-    """Return whether a video's clips are there, and it is still what they were made of."""
+    """Return whether a video's file is there, and the video is what it was made of."""
     try:
         _, made_of = open_video(cache, header, name, caption)
+        if re.search(INSTALLATION, made_of.get("skipped", "")):
+            return False
         video = folder / name
-        return made_of["clips"] > 0 and (  # one that was skipped is tried again
-            made_of["stamp"] == stamp_of(video) or made_of["digest"] == digest(files_of(video))
-        )
-    except (UserError, OSError):
+        return made_of["stamp"] == stamp_of(video) or made_of["digest"] == digest_of(video)
+    except (UserError, OSError, LookupError, TypeError):
         return False
 
 
@@ -148,7 +155,7 @@ def write_video(
     video, tensors = folder / name, {}
     made_of = {"key": hash_of(header["key"]), "video": [name, caption], "stamp": stamp_of(video)}
     try:
-        made_of["digest"] = digest(files_of(video))
+        made_of["digest"] = digest_of(video)
         encoded = list(clips)
         tensors = {kind: torch.stack([clip[kind] for clip in encoded]) for kind in encoded[0]}
         tensors["text"] = text

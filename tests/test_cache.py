@@ -8,17 +8,22 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import sys
 import threading
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_run import MICRO, call, one_line, random_run
 
+import data
 import plumbing.cache as cache_module
 import prepare
 import sample
@@ -28,7 +33,11 @@ from data import Folder, to_float
 from plumbing.cache import Cache, Memory, video_file
 from plumbing.fields import flat_fields
 from plumbing.files import UserError
+from plumbing.video import write_video as write_mp4
 from run import Run
+from toy.encoder import TinyEncoder
+from toy.text import HashText
+from toy.vae import TinyVAE
 from toy.world import World
 
 
@@ -192,6 +201,12 @@ def test_any_number_of_processes_makes_the_same_cache(tmp_path, run, folder, pro
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
 
 
+def encode_share(folder: Path, out: Path, run_path: Path, rank: int, processes: int):
+    """In a process of its own."""
+    torch.set_num_threads(1)
+    prepare.encode_folder(Run.open(run_path), folder, out, "float32", rank, processes)
+
+
 def encode_until_killed(folder: Path, out: Path, run_path: Path, delay: float | None):
     """In a process of its own: precompute, and be killed after `delay` seconds."""
     torch.set_num_threads(1)
@@ -239,6 +254,273 @@ def test_a_finished_cache_is_left_alone(tmp_path, run, folder, monkeypatch):
     monkeypatch.setattr(prepare, "clips_of", None)
     made(folder, tmp_path, run)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_three_processes_at_once(tmp_path, run, folder):
+    """Each with its share, as torchrun starts them."""
+    made(folder, tmp_path / "one", run)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["prepare"])
+    processes = [
+        context.Process(target=encode_share, args=(folder, tmp_path / "many", run.path, rank, 3))
+        for rank in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert tree(tmp_path / "many") == tree(tmp_path / "one")
+
+
+def test_parts_are_in_memory_one_after_the_other(tmp_path, run, folder, monkeypatch):
+    """The text encoder is the largest of them, and nobody's input."""
+    seen = []
+
+    def watched(encode):
+        def watch(*args):
+            seen.append({"vae", "encoder", "text"} & vars(run).keys())
+            return encode(*args)
+
+        return watch
+
+    for kind, name in ((HashText, "encode"), (TinyVAE, "posterior"), (TinyEncoder, "encode")):
+        monkeypatch.setattr(kind, name, watched(getattr(kind, name)))
+    for part in ("text", "vae", "encoder", "painter"):
+        getattr(run, part)  # is in memory, as after another stage
+    made(folder, tmp_path, run)
+    assert [x for x, _ in groupby(seen)] == [{"text"}, {"vae", "encoder"}]
+    assert not {"vae", "encoder", "text", "painter"} & vars(run).keys()
+
+
+# --- videos that change -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changing(tmp_path, folder) -> Path:
+    """A copy of four videos, one that is cut off, one that is not there, and frames in a folder."""
+    mine = tmp_path / "mine"
+    for k in range(4):
+        (mine / "clips").mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / f"clips/{k}.webp", mine / "clips")
+    whole = (mine / "clips/3.webp").read_bytes()
+    (mine / "clips/3.webp").write_bytes(whole[: len(whole) // 2])
+    (mine / "frames").mkdir()
+    for k in range(12):
+        Image.new("RGB", (16, 16), (20 * k, 0, 99)).save(mine / f"frames/{k:02d}.png")
+    videos = [f"clips/{k}.webp" for k in range(4)] + ["frames", "nowhere.webp"]
+    write_captions(mine, *((video, f"a {k}") for k, video in enumerate(videos)))
+    return mine
+
+
+def write_captions(folder: Path, *rows: tuple[str, str]):
+    lines = [json.dumps({"video": video, "caption": caption}) + "\n" for video, caption in rows]
+    (folder / "captions.jsonl").write_text("".join(lines))
+
+
+def captions(folder: Path) -> list[tuple[str, str]]:
+    rows = map(json.loads, (folder / "captions.jsonl").read_text().splitlines())
+    return [(row["video"], row["caption"]) for row in rows]
+
+
+def replace_film(folder: Path):
+    write_video(folder / "clips/0.webp", 77, 1)
+
+
+def replace_by_one_as_old(folder: Path):
+    """Another film of the same size and, as after `cp -p`, an older time."""
+    film = folder / "clips/0.webp"
+    content, old = bytearray(film.read_bytes()), film.stat().st_mtime - 1000
+    content[-1] ^= 255
+    film.write_bytes(content)
+    os.utime(film, (old, old))
+
+
+def swap(folder: Path, one: str, other: str):
+    contents = [(folder / name).read_bytes() for name in (one, other)]
+    for name, content in zip((other, one), contents, strict=True):
+        (folder / name).write_bytes(content)
+
+
+def rename_frames(folder: Path):
+    for name, new in (("00", "x"), ("01", "00"), ("x", "01")):
+        (folder / f"frames/{name}.png").rename(folder / f"frames/{new}.png")
+
+
+def touch_all(folder: Path):
+    for file in folder.rglob("*"):
+        os.utime(file, (1e9, 1e9))
+
+
+def rename_film(folder: Path):
+    (folder / "clips/0.webp").rename(folder / "new.webp")
+    write_captions(folder, ("new.webp", "a 0"), *captions(folder)[1:])
+
+
+def add_film(folder: Path):
+    write_video(folder / "clips/0 new.webp", 78, 2)
+    write_captions(folder, ("clips/0 new.webp", "a new one"), *captions(folder))
+
+
+def repair(folder: Path):
+    write_video(folder / "clips/3.webp", 3, 2)
+
+
+def film_into_frames(folder: Path):
+    (folder / "clips/0.webp").unlink()
+    shutil.copytree(folder / "frames", folder / "clips/0.webp")
+
+
+CHANGES = {  # what is done to the folder, and the videos that are encoded for it
+    "nothing": (lambda x: None, []),
+    "only touched": (touch_all, []),
+    "another film": (replace_film, ["clips/0.webp"]),
+    "another film of the same size, older": (replace_by_one_as_old, ["clips/0.webp"]),
+    "a film that is longer": (
+        lambda x: write_video(x / "clips/0.webp", 0, 3),
+        ["clips/0.webp"],
+    ),
+    "a film that is shorter": (
+        lambda x: write_video(x / "clips/1.webp", 1, 1),
+        ["clips/1.webp"],
+    ),
+    "a film that is cut off now": (
+        lambda x: os.truncate(x / "clips/1.webp", 200),
+        ["clips/1.webp"],
+    ),
+    "a film that is gone now": (lambda x: (x / "clips/1.webp").unlink(), ["clips/1.webp"]),
+    "two films that swapped their names": (
+        lambda x: swap(x, "clips/0.webp", "clips/1.webp"),
+        ["clips/0.webp", "clips/1.webp"],
+    ),
+    "a film that was cut off, in full": (repair, ["clips/3.webp"]),
+    "a film that was not there": (
+        lambda x: write_video(x / "nowhere.webp", 5, 1),
+        ["nowhere.webp"],
+    ),
+    "a film that is a folder of frames now": (film_into_frames, ["clips/0.webp"]),
+    "one frame of a folder": (
+        lambda x: shutil.copy(x / "frames/05.png", x / "frames/00.png"),
+        ["frames"],
+    ),
+    "one more frame": (
+        lambda x: shutil.copy(x / "frames/00.png", x / "frames/99.png"),
+        ["frames"],
+    ),
+    "one frame less": (lambda x: (x / "frames/11.png").unlink(), ["frames"]),
+    "two frames that swapped their names": (rename_frames, ["frames"]),
+    "a film of another name": (rename_film, ["new.webp"]),
+    "another caption": (
+        lambda x: write_captions(x, ("clips/0.webp", "b"), *captions(x)[1:]),
+        ["clips/0.webp"],
+    ),
+    "one film more": (add_film, ["clips/0 new.webp"]),
+    "one film less": (lambda x: write_captions(x, *captions(x)[1:]), []),
+    "another order": (lambda x: write_captions(x, *captions(x)[::-1]), []),
+    "a film twice": (lambda x: write_captions(x, *captions(x), captions(x)[0]), []),
+    "a film twice, with two captions": (
+        lambda x: write_captions(x, *captions(x), ("clips/0.webp", "b")),
+        ["clips/0.webp"],
+    ),
+    "one film alone, of another name": (
+        lambda x: (rename_film(x), write_captions(x, captions(x)[0])),
+        ["new.webp"],
+    ),
+}
+
+
+def contents(cache: Path) -> dict[str, object]:
+    """Return all that a cache holds; not the times of the videos that it was made of."""
+    found: dict[str, object] = {"header": (cache / "cache.json").read_bytes()}
+    for file in (cache / "videos").iterdir():
+        with safe_open(file, "pt") as content:
+            made_of = json.loads(content.metadata()["made_of"])
+            kinds = sorted(content.keys())
+            tensors = {kind: content.get_tensor(kind).tolist() for kind in kinds}
+        found[file.name] = {**made_of, "stamp": ...}, tensors
+    return found
+
+
+@pytest.mark.parametrize("change, expected", CHANGES.values(), ids=CHANGES)
+def test_a_changed_folder_costs_what_has_changed(
+    tmp_path, run, changing, monkeypatch, change, expected
+):
+    """What comes out is what a new cache of the folder would hold."""
+    made(changing, tmp_path / "cache", run)
+    change(changing)
+    encoded = []
+
+    def clips_of(file, *rest):
+        encoded.append(str(file.relative_to(changing)))
+        return data.clips_of(file, *rest)
+
+    monkeypatch.setattr(prepare, "clips_of", clips_of)
+    made(changing, tmp_path / "cache", run)
+    assert encoded == expected
+    made(changing, tmp_path / "new", run)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "new")
+
+
+def test_what_is_moved_is_not_encoded_again(tmp_path, run, changing, monkeypatch):
+    """The cache, the folder of videos, or both; what is lost of it is made again."""
+    before = made(changing, tmp_path / "cache", run)
+    content = contents(tmp_path / "cache")
+    shutil.move(tmp_path / "cache", tmp_path / "elsewhere")
+    shutil.move(changing, tmp_path / "somewhere")
+    monkeypatch.setattr(prepare, "clips_of", None)
+    again = made(tmp_path / "somewhere", tmp_path / "elsewhere", run)
+    assert contents(tmp_path / "elsewhere") == content
+    assert again.listing == before.listing
+    monkeypatch.undo()
+    video_file(tmp_path / "elsewhere", "clips/2.webp", "a 2").unlink()
+    with pytest.raises(UserError, match="1 of 6 videos are missing"):
+        Cache(tmp_path / "elsewhere")
+    made(tmp_path / "somewhere", tmp_path / "elsewhere", run)
+    assert contents(tmp_path / "elsewhere") == content
+
+
+def test_a_listing_is_of_names_and_captions(tmp_path, run, changing):
+    listings = [made(changing, tmp_path / "cache", run).listing]
+    for change in (replace_film, add_film, rename_film):
+        change(changing)
+        listings.append(made(changing, tmp_path / "cache", run).listing)
+    assert listings[0] == listings[1] and len(set(listings)) == 3
+
+
+def test_a_change_that_is_not_encoded_to_the_end_leaves_no_old_clip(
+    tmp_path, run, changing, monkeypatch
+):
+    made(changing, tmp_path / "cache", run)
+    replace_film(changing)
+    add_film(changing)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "encode_clips", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        made(changing, tmp_path / "cache", run)
+    with pytest.raises(UserError, match=r"not finished \(2 of 7 videos are missing\)"):
+        Cache(tmp_path / "cache")
+    monkeypatch.undo()
+    made(changing, tmp_path / "cache", run)
+    made(changing, tmp_path / "new", run)
+    assert contents(tmp_path / "cache") == contents(tmp_path / "new")
+
+
+def test_what_was_skipped_for_a_missing_library_is_tried_again(tmp_path, run, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    film = torch.randint(256, (3, 16, 32, 32), dtype=torch.uint8)
+    write_mp4(folder / "a.mp4", [film], 8.0)
+    write_video(folder / "b.webp", 0, 1)
+    write_captions(folder, ("a.mp4", "a"), ("b.webp", "b"))
+    monkeypatch.setitem(sys.modules, "av", None)
+    found = made(folder, tmp_path / "cache", run)
+    [(name, reason)] = found.skipped
+    assert name == "a.mp4" and "av" in reason and len(found) == 1
+    monkeypatch.undo()
+    assert made(folder, tmp_path / "cache", run).captions(range(3)) == ["a", "a", "b"]
 
 
 # --- a stale cache ------------------------------------------------------------------------------

@@ -1,12 +1,11 @@
-"""Folders of real videos as datasets, and a look at any dataset's clips.
+"""What a clip is: its length, rates and sizes; and folders of real videos as datasets of clips.
 
-A dataset (`World`, `Folder`) has `config`, `len`, `batch(indices)`, `captions(indices)` and
-`semantic_video(indices)` (only the low-rate frames). Video is uint8 `(B, 3, F, H, W)`. Every clip
-comes at two rates: `video` for the VAE, and a few frames of the same stretch of time for the
-semantic encoder. Frames are chosen by timestamp: the frame at t is what a player shows at t.
+Every clip comes at two rates: `video` for the VAE, and a few frames of the same stretch of time for
+the semantic encoder (Sec. 3.2). Video is uint8 `(B, 3, F, H, W)`. Frames are chosen by timestamp:
+the frame at t is what a player shows at t. A dataset (`World`, `Folder`) has `config`, `len`,
+`batch(indices)`, `captions(indices)` and `semantic_video(indices)` (only the low-rate frames).
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from plumbing.captions import list_videos
 from plumbing.files import UserError, refuse
-from plumbing.video import VIDEOS, fit, frames_at
+from plumbing.video import fit, frames_at
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,7 @@ def to_uint8(video: Tensor) -> Tensor:
     return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# --- real videos --------------------------------------------------------------------------------
-
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is larger, and it warns before it refuses
+# --- clips of a video ---------------------------------------------------------------------------
 
 
 def cut(path: Path, config: DataConfig) -> Iterator[tuple[Tensor, Tensor]]:
@@ -127,54 +124,25 @@ def reference_clip(path: Path, config: DataConfig) -> Batch:
     return Batch(video[None], semantic_video[None], [""])
 
 
-def list_videos(folder: Path) -> list[tuple[Path, str]]:
-    """Return (file, caption) of a dataset folder; the caption is "" where there is none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    listing = folder / "captions.jsonl"
-    if listing.exists() and not listing.is_file():
-        raise UserError(f"{listing} is not a file")
-    if not listing.exists():
-        files = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in VIDEOS)
-        if not files:
-            raise UserError(f"{folder}: neither captions.jsonl nor any video is in it")
-        texts = [p.with_suffix(".txt") for p in files]
-        texts = [p.read_text("utf-8", "replace") if p.is_file() else "" for p in texts]
-        return [(file, " ".join(text.split())) for file, text in zip(files, texts, strict=True)]
-    entries = []
-    for number, line in enumerate(listing.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, text = Path(entry["video"]), " ".join(entry["caption"].split())
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            form = '{"video": "relative/path.mp4", "caption": "..."}'
-            raise UserError(f"{listing}, line {number}: expected {form}") from None
-        if name.is_absolute() or ".." in name.parts:
-            raise UserError(f"{listing}, line {number}: {name} must lie in the folder")
-        entries.append((folder / name, text))
-    if not entries:
-        raise UserError(f"{listing}: empty, expected one line for each video")
-    return entries
-
-
 def clips_of(file: Path, caption: str, config: DataConfig) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the clips of a captioned video (`cut`).
 
     UserError, perhaps after some clips, if it cannot be used: what breaks anywhere is not trusted.
     """
     if not caption:
-        raise UserError(f"{file}: no caption, or an empty one")
+        raise UserError(f"{file}: no caption, or one that is empty or no UTF-8")
     yield from cut(file, config)
+
+
+# --- folders ------------------------------------------------------------------------------------
 
 
 class Folder:
     """Clips of real videos: consecutive pieces of config.seconds, at least one of each video.
 
-    The folder holds captions.jsonl with lines {"video": "relative/path.mp4", "caption": "..."}, or
-    NAME.txt beside each video. The videos are read when the first clip is asked for. What cannot be
-    read is named, counted and `skipped`; UserError if nothing can.
+    The folder holds captions.jsonl, or NAME.txt beside each video (`list_videos`). The videos are
+    read when the first clip is asked for. What cannot be read is named, counted and `skipped`;
+    UserError if nothing can.
     """
 
     MEMORY = 2 * 1024**3  # bytes of clips that are kept; other videos are decoded when asked for

@@ -1,12 +1,17 @@
-"""Video files: frames by their time on screen, and animations written."""
+"""Video files: the picture that a player shows at a time, and animations written.
+
+film.py reads what ffmpeg knows, Pillow images and animations of images; a folder of images is a
+video too. All three yield frames in one form: until when one is on screen, and its picture.
+"""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from fractions import Fraction
 from functools import partial
 from io import BytesIO
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +21,20 @@ from PIL import Image, ImageOps, ImageSequence
 from torch import Tensor
 
 from plumbing.files import UserError, replacing, require, write_file
+from plumbing.film import Picture, check_size, frames_by_av
 
-READER = 1  # version of what reads, raised when the pictures that it gives change
-PILLOW = (".gif", ".webp", ".apng", ".png")  # read without PyAV
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".webp", ".apng")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # frames in a folder
+PILLOW = (".gif", ".apng", *IMAGES)  # read without PyAV
+VIDEOS = (".gif", ".apng", ".webp", ".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm")
+VIDEOS += (".avi", ".wmv", ".asf", ".flv", ".f4v", ".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".mts")
+VIDEOS += (".m2ts", ".ogv", ".mxf", ".dv", ".rm", ".rmvb", ".y4m")
+READER = 2  # version of the code that reads: what an earlier one has cached may look different
 TOLERANCE = 1e-3  # seconds: some containers round timestamps to a millisecond
-LARGEST = 8192 * 4320  # pixels of a frame: a damaged file may claim any number, and memory for it
 STILL = 10.0  # seconds: a frame that stays longer, for hours perhaps, is cut to this
-Picture = Callable[[], Image.Image]  # only the frames that are used get converted to RGB
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is larger, and it warns before it refuses
 
 
-def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
-    """Yield (seconds until which it is on screen, picture) of each frame; the first starts at 0."""
-    until = 0.0
-    with open_image(path) as file:
-        for image in ImageSequence.Iterator(file):
-            check_size(*image.size)  # a later frame may be larger
-            picture = image.copy()  # decodes, which also sets the duration
-            until += (image.info.get("duration") or 100) / 1000  # players take 0 for 100 ms
-            yield until, picture.copy
+# --- images, by Pillow --------------------------------------------------------------------------
 
 
 def open_image(path: Path) -> Image.Image:
@@ -49,46 +48,39 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
-def check_size(width: int, height: int):
-    """Raise UserError, before there is memory for it, if a frame is larger than any video's."""
-    if width * height > LARGEST:
-        raise UserError(f"frames of {width} x {height} pixels: too large")
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its metadata asks; 16-bit greys, which Pillow would clip, become 8-bit."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))
+    return image
 
 
-def frames_by_av(path: Path) -> Iterator[tuple[float, Picture]]:
-    """Likewise for what ffmpeg reads."""
-    av = require("av", "video")
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise UserError("there is no video in it")
-        if container.format.name == "tty":  # ffmpeg draws text files
-            raise UserError("it is text, not a video")
-        stream, first, start, before = container.streams.video[0], None, 0.0, None
-        check_size(stream.width, stream.height)
-        usual = 1 / float(stream.average_rate or 25)  # seconds a frame
-        for frame in container.decode(stream):
-            if first is None:
-                first = start = frame.time or 0.0
-            else:
-                in_order = frame.time is not None and frame.time > start
-                start = frame.time if in_order else start + usual  # raw streams have no times
-                yield start - first, partial(upright, before)
-            before = frame
-        if before is not None:
-            length = float(before.duration * stream.time_base) or usual
-            yield start - first + length, partial(upright, before)
-
-
-def upright(frame) -> Image.Image:
-    """Return a frame of PyAV, turned (counter-clockwise) as the video's metadata asks."""
-    return frame.to_image().rotate(frame.rotation, expand=True)
+def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
+    """Yield the frames of an image or an animation, as `frames_by_av` does."""
+    until = 0.0
+    with open_image(path) as file:
+        for image in ImageSequence.Iterator(file):
+            check_size(*image.size)  # a later frame may be larger
+            picture = image.copy()  # decodes, which also sets the duration
+            until += (image.info.get("duration") or 100) / 1000  # players take 0 for 100 ms
+            yield until, partial(upright, picture)
 
 
 def frames_by_name(folder: Path, fps: float) -> Iterator[tuple[float, Picture]]:
-    """Likewise for a folder of images, in the order of their names, at a constant rate."""
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.is_file())
-    for k, image in enumerate(images, 1):
-        yield k / fps, lambda path=image: ImageOps.exif_transpose(open_image(path))
+    """Likewise for a folder of images, in the order of the numbers in their names."""
+    images = [p for p in folder.glob("[!.]*") if p.suffix.lower() in IMAGES and p.is_file()]
+    for k, image in enumerate(sorted(images, key=natural), 1):
+        yield k / fps, lambda path=image: upright(open_image(path))
+
+
+def natural(path: Path) -> tuple:
+    """Return a key that sorts f2 before f10."""
+    words = re.split(r"(\d+)", path.name.lower())  # every other one is a number
+    return [int(word) if k % 2 else word for k, word in enumerate(words)], path.name
+
+
+# --- what is on screen at a time ----------------------------------------------------------------
 
 
 def without_long_stills(
@@ -179,6 +171,8 @@ def write_video(path: Path, pieces: Iterable[Tensor], fps: float):
         write_mp4(path, pictures, fps)
         return
     images = [Image.fromarray(picture) for picture in pictures]
+    tick = 10 if path.suffix == ".gif" else 1  # milliseconds: the format's unit of time
+    ends = [round(k * 1000 / fps / tick) * tick for k in range(len(images) + 1)]
     options = {"lossless": True} if path.suffix == ".webp" else {}
     buffer = BytesIO()
     images[0].save(
@@ -186,7 +180,7 @@ def write_video(path: Path, pieces: Iterable[Tensor], fps: float):
         path.suffix[1:],
         save_all=True,
         append_images=images[1:],
-        duration=1000 / fps if path.suffix == ".webp" else round(100 / fps) * 10,
+        duration=[end - start for start, end in pairwise(ends)],
         loop=0,
         **options,
     )
@@ -194,16 +188,25 @@ def write_video(path: Path, pieces: Iterable[Tensor], fps: float):
 
 
 def write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float):
-    """Encode pictures (H, W, 3) uint8 as they come."""
+    """Encode pictures (H, W, 3) uint8 as they come, with BT.709 colours, and said to be so."""
     av = require("av", "video")
     stream = None
-    with replacing(path) as output, av.open(output, "w", format="mp4") as file:
+    options = {"movflags": "faststart"}  # a browser can begin before it has all
+    with replacing(path) as output, av.open(output.name, "w", "mp4", options=options) as file:
         for picture in pictures:
             height, width = (side - side % 2 for side in picture.shape[:2])  # yuv420p
             if stream is None:
                 stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
                 stream.width, stream.height = width, height
                 stream.pix_fmt, stream.options = "yuv420p", {"crf": "12"}
-            picture = np.ascontiguousarray(picture[:height, :width])
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                stream.colorspace = stream.color_primaries = stream.color_trc = 1  # BT.709
+                stream.color_range = 1  # limited
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]))
+            file.mux(
+                stream.encode(
+                    frame.reformat(
+                        format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
+                    )
+                )
+            )
         file.mux(stream.encode())

@@ -622,7 +622,8 @@ REFUSED_CAPTIONS = {  # content, words of the message
     "an object as video": (b'{"video": {}, "caption": "x"}', ["line 1", "expected"]),
     "nested too deep": (b"[" * 200_000 + b"]" * 200_000, ["line 1", "expected"]),
     "nested too deep inside": (b'{"video": ' + b'{"a":' * 99_999, ["line 1", "expected"]),
-    "UTF-16": (f"{GOOD}\n{OTHER}".encode("utf-16"), ["line 2", "expected"]),
+    "UTF-16, cut off": (f"{GOOD}\n{OTHER[:-5]}".encode("utf-16"), ["line 2", "expected"]),
+    "no UTF-8": (entry("one.webp", "caf@").encode().replace(b"@", b"\xe9"), ["no UTF-8"]),
     "null bytes": (b"\x00" * 100, ["line 1", "expected"]),
     "a null byte inside": (GOOD.encode()[:9] + b"\x00" + GOOD.encode()[9:], ["line 1"]),
     "a path outside": (entry("../clip.webp").encode(), ["must lie in the folder"]),
@@ -641,7 +642,8 @@ REFUSED_CAPTIONS = {  # content, words of the message
 ODD_CAPTIONS = {  # content that works, how many clips
     "BOM": (b"\xef\xbb\xbf" + GOOD.encode(), 1),
     "CRLF": (f"{GOOD}\r\n\r\n{OTHER}\r\n".encode(), 2),
-    "UTF-16": (GOOD.encode("utf-16"), 1),  # as one line it can be told
+    "UTF-16": (f"{GOOD}\r\n{OTHER}\r\n".encode("utf-16"), 2),
+    "UTF-16 without a mark": (f"{GOOD}\n{OTHER}".encode("utf-16-be"), 2),
     "CR": (f"{GOOD}\r{OTHER}".encode(), 2),
     "duplicates": (f"{GOOD}\n{GOOD}\n{GOOD}".encode(), 3),
     "two captions": (f"{GOOD}\n{entry('one.webp', 'another')}".encode(), 2),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import prepare
-from data import DataConfig, Folder, reference_clip
+from data import DataConfig, Folder, list_videos, reference_clip
 from plumbing.files import UserError
 from plumbing.sheet import contact_sheet
 from plumbing.video import read_video
@@ -231,6 +231,122 @@ def test_captions_beside_the_videos(tmp_path):
     folder, said = open_folder(tmp_path)
     assert folder.captions([0, 1]) == ["one thing", "another thing"]
     assert [file.name for file, _ in folder.skipped] == ["b.gif"] and "caption" in said[0]
+
+
+TEXTS = {  # the bytes of "a dog runs" and a little more
+    "UTF-8": b"a dog runs\n",
+    "a mark": "a dog runs\n".encode("utf-8-sig"),
+    "UTF-16 with its mark": "a dog runs\r\n".encode("utf-16"),
+    "UTF-16, the other order": b"\xfe\xff" + "a dog runs".encode("utf-16-be"),
+    "UTF-16 without a mark": "a dog runs".encode("utf-16-le"),
+    "the other order without a mark": "a dog runs\r\n".encode("utf-16-be"),
+    "UTF-32": "a dog runs".encode("utf-32"),
+    "lines": b"\r\n a dog\r\n\truns\r\n",
+    "old lines": b"a dog\rruns",
+}
+NO_TEXTS = {
+    "Latin-1": "a caf\xe9".encode("latin-1"),
+    "Windows": "a dog\u2019s day".encode("cp1252"),
+    "Shift JIS": "\u72ac\u304c\u8d70\u308b".encode("shift-jis"),
+    "half of UTF-16": "a dog runs".encode("utf-16")[:-1],
+    "Cyrillic in UTF-16 without a mark": "\u043f\u0451\u0441".encode("utf-16-le"),
+    "empty": b"",
+    "a mark alone": b"\xef\xbb\xbf",
+}
+
+
+@pytest.mark.parametrize("content", TEXTS.values(), ids=TEXTS)
+def test_captions_are_read_as_their_bytes_say(tmp_path, content):
+    write_animation(tmp_path / "one.webp", [1000])
+    (tmp_path / "one.txt").write_bytes(content)
+    folder, said = open_folder(tmp_path)
+    assert folder.captions([0]) == ["a dog runs"] and not said
+
+
+@pytest.mark.parametrize("content", NO_TEXTS.values(), ids=NO_TEXTS)
+def test_bytes_that_are_no_text_are_named_and_skipped(tmp_path, content):
+    for name in ("one", "two"):
+        write_animation(tmp_path / f"{name}.webp", [1000])
+    (tmp_path / "one.txt").write_bytes(content)
+    (tmp_path / "two.txt").write_text("a cat sleeps")
+    folder, said = open_folder(tmp_path)
+    assert folder.captions(range(len(folder))) == ["a cat sleeps"]
+    assert "one.webp" in said[0] and "no UTF-8" in said[0] and "skipped 1 of 2" in said[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_listings_are_read_as_their_bytes_say(tmp_path, encoding):
+    """With two kinds of line ends, and a character that some take for one."""
+    write_animation(tmp_path / "one.webp", [1000])
+    texts = ["a dog runs", "\u72ac a\x85b\u2028c \u00e9"]
+    lines = [json.dumps({"video": "one.webp", "caption": x}, ensure_ascii=False) for x in texts]
+    (tmp_path / "captions.jsonl").write_bytes("\r\n\n".join(lines).encode(encoding))
+    assert open_folder(tmp_path)[0].captions([0, 1]) == [texts[0], " ".join(texts[1].split())]
+
+
+def test_a_line_that_is_no_text_is_skipped_alone(tmp_path):
+    write_animation(tmp_path / "one.webp", [1000])
+    line = b'{"video": "one.webp", "caption": "%s"}\n'
+    (tmp_path / "captions.jsonl").write_bytes(line % b"a caf\xe9" + line % "a café".encode())
+    folder, said = open_folder(tmp_path)
+    assert folder.captions(range(len(folder))) == ["a café"] and "no UTF-8" in said[0]
+
+
+def test_hidden_files_and_folders_do_not_count(tmp_path):
+    names = ["a.webp", "sub/b.webp", ".ipynb_checkpoints/x.webp", "sub/.Trash/deep/y.webp"]
+    for name in [*names, "._a.webp", "sub/._b.webp"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_animation(tmp_path / name, [1000])
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    assert [text for _, text in list_videos(tmp_path)] == ["a.webp", "sub/b.webp"]
+    (tmp_path / ".all").mkdir()
+    (tmp_path / "a.webp").rename(tmp_path / ".all" / "a.webp")  # a folder that is asked for counts
+    assert [file.name for file, _ in list_videos(tmp_path / ".all")] == ["a.webp"]
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        *(".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".wmv", ".asf", ".flv"),
+        *(".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".ogv", ".mxf", ".dv", ".rm"),
+        *(".y4m", ".MOV", ".MTS", ".Mp4", ".GIF"),
+    ],
+)
+def test_videos_are_known_by_their_usual_names(tmp_path, suffix):
+    for name in (f"a{suffix}", "notes.md", "a.srt"):
+        (tmp_path / name).touch()
+    (tmp_path / "a.txt").write_text("a dog runs")
+    assert list_videos(tmp_path) == [(tmp_path / f"a{suffix}", "a dog runs")]
+
+
+def test_what_has_a_caption_is_read_or_named(tmp_path):
+    """By any name; but not what lies beside a video of that name, and no notes."""
+    write_animation(tmp_path / "a.webp", [1000])
+    write_mp4(tmp_path / "b.mp4", [picture(3)] * 2, [0, 100])
+    (tmp_path / "b.mp4").rename(tmp_path / "b.amv")
+    for name in ("a.json", "a.jpg", "c.xyz", "readme.md", "d.TXT"):
+        (tmp_path / name).write_bytes(b"no video")
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"caption {name}")
+    folder, said = open_folder(tmp_path)
+    assert folder.captions(range(len(folder))) == ["caption a", "caption b"]
+    assert [file.name for file, _ in folder.skipped] == ["c.xyz"] and "c.xyz: " in said[0]
+
+
+def test_captions_whose_names_are_in_capitals(tmp_path):
+    write_animation(tmp_path / "one.webp", [1000])
+    (tmp_path / "one.webp").rename(tmp_path / "ONE.WEBP")
+    (tmp_path / "ONE.TXT").write_text("a dog runs")
+    assert open_folder(tmp_path)[0].captions([0]) == ["a dog runs"]
+
+
+def test_a_folder_of_images_with_a_caption_beside_it(tmp_path):
+    (tmp_path / "shot.1").mkdir()
+    for k in range(16):
+        picture(k).save(tmp_path / "shot.1" / f"{k}.png")
+    (tmp_path / "shot.txt").write_text("a dog runs")
+    folder, _ = open_folder(tmp_path)
+    assert shades(folder.batch([0]).video[0]) == list(range(16))
 
 
 GOOD = '{"video": "a.webp", "caption": "one"}'

@@ -58,13 +58,13 @@ def upright(image: Image.Image) -> Image.Image:
 
 def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
     """Yield the frames of an image or an animation, as `frames_by_av` does."""
-    until = 0.0
+    until = 0  # milliseconds
     with open_image(path) as file:
         for image in ImageSequence.Iterator(file):
             check_size(*image.size)  # a later frame may be larger
             picture = image.copy()  # decodes, which also sets the duration
-            until += (image.info.get("duration") or 100) / 1000  # players take 0 for 100 ms
-            yield until, partial(upright, picture)
+            until += image.info.get("duration") or 100  # players take 0 for 100 ms
+            yield until / 1000, partial(upright, picture)
 
 
 def frames_by_name(folder: Path, fps: float) -> Iterator[tuple[float, Picture]]:

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from config import Config, override, preset
 from data import DataConfig, Folder, clips_of, list_videos, to_float
-from plumbing.cache import Cache, Memory, end_cache, refuse_other, start_cache, write_video
+from plumbing.cache import Cache, Memory, end_cache, refuse_other, start_cache, write_entry
 from plumbing.device import computing
 from plumbing.fields import build_field, flat_fields
 from plumbing.files import UserError, check_target, command
+from plumbing.processes import Team
 from plumbing.sheet import contact_sheet
 from plumbing.video import READER
 from run import FLAGS, Run, add_part_flags, check_weights_named, parts_from_flags
@@ -89,7 +90,7 @@ def encode_folder(
     for (name, caption), text in zip(tqdm(todo, "encoding", disable=not todo), texts, strict=True):
         clips = clips_of(folder / name, caption, run.config.data)
         clips = encode_clips(run.vae, run.encoder, clips, run.device, stored)
-        write_video(out, header, folder, name, caption, clips, text)
+        write_entry(out, header, folder, name, caption, clips, text)
     run.unload()
     return end_cache(out, header)
 
@@ -100,6 +101,13 @@ def encode_clips(vae, encoder, clips, device, stored: torch.dtype) -> Iterator[d
         latents = torch.stack(vae.posterior(to_float(video[None]).to(device)), 1)[0]
         features = encoder.encode(to_float(low_rate[None]).to(device))[0]
         yield {"latents": latents.to("cpu", stored), "features": features.to("cpu", stored)}
+
+
+def clips_on_disk(run: Run, folder: Path, out: Path, team: Team) -> Cache:
+    """Return the cache of a folder, once every process has encoded its share of what it lacks."""
+    encode_folder(run, folder, out, rank=team.rank, processes=team.size)
+    team.wait()
+    return Cache(out)
 
 
 def check_cache(cache: Cache, run: Run):

@@ -39,7 +39,7 @@ from plumbing.metrics import Metrics
 from plumbing.processes import Team, get_state, local, set_state, shared_like, whole
 from plumbing.seeds import piece_seed
 from plumbing.sheet import contact_sheet
-from prepare import cache_parts, check_cache, clips_in_memory, encode_folder
+from prepare import cache_parts, check_cache, clips_in_memory, clips_on_disk
 from run import FLAGS, Run, add_part_flags, check_weights_named, parts_from_flags
 from stages import stage_loss
 from swin import fitting_window
@@ -66,11 +66,7 @@ def encoded(
     if isinstance(dataset, World):
         return clips_in_memory(run, dataset).first(min(clips, len(dataset)))
     if isinstance(dataset, Folder):
-        team = team or Team()
-        cache = run.path / "cache"
-        encode_folder(run, dataset.path, cache, rank=team.rank, processes=team.size)
-        team.wait()
-        dataset = Cache(cache)
+        dataset = clips_on_disk(run, dataset.path, run.path / "cache", team or Team())
     check_cache(dataset, run)
     return dataset
 

@@ -144,7 +144,7 @@ def is_current(cache: Path, header: dict, folder: Path, name: str, caption: str)
         return False
 
 
-def write_video(
+def write_entry(
     cache: Path, header: dict, folder: Path, name: str, caption: str, clips: Iterator, text: Tensor
 ):
     """Write the file of one video.

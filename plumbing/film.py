@@ -1,9 +1,9 @@
 """What ffmpeg reads, as a player shows it.
 
 Which stream, when each frame is on screen, and how it looks. One chain of ffmpeg's filters, built
-for each frame that is used (`shown`), makes frames of fields, pixels square, the picture upright
-and its colours RGB. Light that is brighter than ordinary screens can show is mapped here, since
-the filter for it is missing in most builds of ffmpeg.
+for each frame that is used (`shown`), fills in the lines between those of a field, makes pixels
+square, turns the picture upright and its colours into RGB. High dynamic range is mapped here: most
+builds of ffmpeg lack the filter for it.
 """
 
 import math
@@ -60,10 +60,11 @@ def main_stream(container):
     """Return the video stream that ffmpeg takes: a default one or a large one, never a cover."""
     flags = require("av.stream", "video").Disposition
     films = [x for x in container.streams.video if not x.disposition & flags.attached_pic]
-    if not films:
-        raise UserError("there is no video in it")
+    known = [x for x in films if x.codec_context]
+    if not known:
+        raise UserError("ffmpeg does not know its codec" if films else "there is no video in it")
     # ffmpeg's own rule: to be the default one is worth five million pixels.
-    return max(films, key=lambda x: x.width * x.height + 5e6 * bool(x.disposition & flags.default))
+    return max(known, key=lambda x: x.width * x.height + 5e6 * bool(x.disposition & flags.default))
 
 
 def decoded(container, stream) -> Iterator:
@@ -120,7 +121,7 @@ def orientation(frame) -> list[tuple[str, str | None]]:
         a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
     except KeyError:
         return []
-    except ValueError:  # beside it is a kind that PyAV does not know: only the rotation is known
+    except ValueError:  # PyAV stops at side data of a kind that is new to it, but has the rotation
         turn = math.radians(frame.rotation)
         a, b, c, d = math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn)
     steps = []

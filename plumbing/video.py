@@ -50,6 +50,8 @@ def open_image(path: Path) -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """Turn an image as its metadata asks; 16-bit greys, which Pillow would clip, become 8-bit."""
+    if image.mode == "F":
+        raise UserError("its pixels are fractions, of no known range: save it with 8 or 16 bits")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) / 257 + 0.5).clip(0, 255).astype(np.uint8))

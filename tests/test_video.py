@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import plumbing.film as film
 from plumbing.files import UserError
 from plumbing.video import fit, frames_at, read_video, write_video
 
@@ -252,6 +253,33 @@ def test_fields_are_made_frames_as_ffmpeg_does(tmp_path):
         assert difference.max() == 0, (k, difference.max())
 
 
+INTERLACED = {  # suffix, codec, format
+    "DVD": (".mpg", "mpeg2video", "yuv420p"),
+    "a camera's": (".mov", "prores_ks", "yuv422p10le"),
+    "broadcast": (".mxf", "mpeg2video", "yuv422p"),
+}
+
+
+@pytest.mark.parametrize("suffix, codec, pix_fmt", INTERLACED.values(), ids=INTERLACED)
+@pytest.mark.parametrize("first", ["tff", "bff"])
+def test_fields_of_other_codecs(tmp_path, suffix, codec, pix_fmt, first):
+    fields = [bar(4 * k) for k in range(16)]
+    graph, frames = av.filter.Graph(), []
+    source = graph.add("buffer", "video_size=128x96:pix_fmt=rgb24:time_base=1/25")
+    filters = [graph.add("setfield", first), graph.add("format", pix_fmt)]
+    graph.link_nodes(source, *filters, graph.add("buffersink")).configure()
+    for k, picture in enumerate(interlace(fields, first == "tff")):
+        frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+        frame.pts = k
+        graph.push(frame)
+        frames.append(graph.pull())
+    file = write_film(tmp_path / f"a{suffix}", frames, codec, pix_fmt, flags="+ilme+ildct")
+    for k in range(8):
+        picture = look(file, k / 25)
+        assert abs(np.diff(picture, axis=0)).mean() < 2, k
+        assert abs(picture[48, :, 0] - fields[2 * k][48, :, 0]).mean() < 4, k
+
+
 def test_progressive_frames_are_left_alone(tmp_path):
     lines = plain((0, 0, 0))
     lines[::2] = 255
@@ -451,6 +479,13 @@ def test_other_images_of_16_bits(tmp_path, suffix):
     assert (read_video(tmp_path / f"a{suffix}", [0], 8, 8) == 128).all()
 
 
+def test_fractions_for_pixels_are_refused(tmp_path):
+    """Whether white is 1, 255 or something else is not said."""
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="fractions"):
+        look(tmp_path / "a.tif")
+
+
 # --- which stream, and when ---------------------------------------------------------------------
 
 
@@ -511,6 +546,13 @@ def test_a_cover_alone_is_no_film(tmp_path):
         look(tmp_path / "a.mp4")
 
 
+def test_an_unknown_codec_is_named(tmp_path):
+    file = write_film(tmp_path / "a.mp4", [plain((9, 9, 9))], "libx264", "yuv420p")
+    file.write_bytes(file.read_bytes().replace(b"avc1", b"zzz1"))
+    with pytest.raises(UserError, match="does not know its codec"):
+        look(file)
+
+
 ORDER = {  # suffix, codec, options: all with B-frames
     "H.264 in AVI": (".avi", "libx264", {"bf": "2", "x264_params": "b-adapt=0"}),
     "many B-frames in AVI": (
@@ -545,6 +587,14 @@ def test_frames_are_in_time(tmp_path, suffix, codec, options):
         video = read_video(file, [k / 25 + shift for k in range(12)], 64, 64)
         found = video[0, :, 32, 32].int()
         assert (found - torch.tensor(greys)).abs().max() < 10, found.tolist()
+
+
+def test_only_frames_that_are_used_are_converted(tmp_path, monkeypatch):
+    file = write_film(tmp_path / "a.mkv", [plain((10 * k,) * 3) for k in range(20)])
+    used = []
+    monkeypatch.setattr(film, "shown", lambda *x, shown=film.shown: used.append(x[0]) or shown(*x))
+    found = read_video(file, [0.001, 0.401, 0.402, 0.761], 64, 64)[0, :, 0, 0].tolist()
+    assert found == [0, 100, 100, 190] and len(used) == 3
 
 
 def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):

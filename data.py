@@ -130,7 +130,7 @@ def clips_of(file: Path, caption: str, config: DataConfig) -> Iterator[tuple[Ten
     UserError, perhaps after some clips, if it cannot be used: what breaks anywhere is not trusted.
     """
     if not caption:
-        raise UserError(f"{file}: no caption, or one that is empty or no UTF-8")
+        raise UserError(f"{file}: no caption, or one that is empty or not UTF-8")
     yield from cut(file, config)
 
 

@@ -272,7 +272,7 @@ def test_bytes_that_are_no_text_are_named_and_skipped(tmp_path, content):
     (tmp_path / "two.txt").write_text("a cat sleeps")
     folder, said = open_folder(tmp_path)
     assert folder.captions(range(len(folder))) == ["a cat sleeps"]
-    assert "one.webp" in said[0] and "no UTF-8" in said[0] and "skipped 1 of 2" in said[1]
+    assert "one.webp" in said[0] and "not UTF-8" in said[0] and "skipped 1 of 2" in said[1]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
@@ -290,7 +290,7 @@ def test_a_line_that_is_no_text_is_skipped_alone(tmp_path):
     line = b'{"video": "one.webp", "caption": "%s"}\n'
     (tmp_path / "captions.jsonl").write_bytes(line % b"a caf\xe9" + line % "a café".encode())
     folder, said = open_folder(tmp_path)
-    assert folder.captions(range(len(folder))) == ["a café"] and "no UTF-8" in said[0]
+    assert folder.captions(range(len(folder))) == ["a café"] and "not UTF-8" in said[0]
 
 
 def test_hidden_files_and_folders_do_not_count(tmp_path):

@@ -4,13 +4,14 @@ SemanticGen App. A: a block is spatial attention (within a frame), 3D attention 
 time), cross-attention (to the text) and an FFN; before each of them the timestep is mapped to a
 scale that is applied together with RMSNorm. Sec. 3.2: in-context conditioning, the noisy latents
 and the semantics form one sequence; only the latents are denoised. Sec. 3.4: with a window, 3D
-attention runs in windows of time that shift by half in odd layers (swin.py).
+attention stays within windows of time, which shift by half in odd layers (swin.py).
 
 One class, three uses: painter (stage 2: VAE latents, with semantics as context), planner (stage 1:
 the semantics are what is denoised, no context) and base (VAE latents, no context).
 
 Letters: B batch; C T h w channels, frames, height, width of what is denoised; K S hs ws those of
-the context; N tokens; D width; A heads; L text tokens. Tokens run frame by frame, latents first.
+the context; N tokens; D width; A heads; d width of a head; L text tokens. Tokens run frame by
+frame, latents first.
 """
 
 import math
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +29,12 @@ from torch.utils.checkpoint import checkpoint
 
 from swin import Stream, windowed_attention, windows
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, A, N, D/A) -> (B, A, N, D/A)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, A, N, d) -> (B, A, N, d)
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of one DiT. The paper gives none; `paper` presets follow Wan2.1-1.3B."""
+    """Sizes of one DiT. The paper gives none; the `paper` preset follows Wan2.1-1.3B."""
 
     channels: int  # C of what is denoised
     rate: float  # its frames per second
@@ -56,33 +58,28 @@ class DiTConfig:
             )
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Scale the last axis to unit root mean square, (..., D) -> (..., D).
+class Grid(NamedTuple):
+    """The tokens of one stream: so many frames, of height x width tokens each."""
 
-    By hand because torch's own is several times slower in bf16 on a CPU.
-    """
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    frames: int
+    height: int
+    width: int
+    rate: float  # frames per second
 
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend from q (B, A, N, d) to k, v (B, A, M, d) -> (B, A, N, d)."""
-    if (
-        q.device.type == "cpu" and k.shape[-2] <= 256
-    ):  # here several times faster than the fused one
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # (B, A, N, M)
-        return weights.to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.height * self.width
 
 
-def frame_attention(q: Tensor, k: Tensor, v: Tensor, frame_tokens: Sequence[int]) -> Tensor:
-    """Attend within each frame only. q, k, v: (B, A, N, d); frame_tokens: tokens of each frame."""
-    runs = [(tokens, len(list(run))) for tokens, run in groupby(frame_tokens)]
-    sizes = [tokens * frames for tokens, frames in runs]
-    out = []
-    for (_, frames), *stream in zip(runs, *(x.split(sizes, 2) for x in (q, k, v)), strict=True):
-        stream = (rearrange(x, "b a (f n) d -> (b f) a n d", f=frames) for x in stream)
-        out.append(rearrange(attention(*stream), "(b f) a n d -> b a (f n) d", f=frames))
-    return torch.cat(out, 2)
+def to_tokens(z: Tensor, patch: int = 1) -> Tensor:
+    """Cut frames into patches: (B, C, T, h, w) -> (B, T h/patch w/patch, C patch^2)."""
+    return rearrange(z, "b c t (h p) (w q) -> b (t h w) (c p q)", p=patch, q=patch)
+
+
+def to_frames(x: Tensor, grid: Grid, patch: int = 1) -> Tensor:
+    """Put patches back, the inverse of `to_tokens`: (B, N, C patch^2) -> (B, C, T, h, w)."""
+    sizes = {"t": grid.frames, "h": grid.height, "p": patch, "q": patch}
+    return rearrange(x, "b (t h w) (c p q) -> b c t (h p) (w q)", **sizes)
 
 
 def grid_coords(frames: int, height: int, width: int, rate: float) -> Tensor:
@@ -113,30 +110,56 @@ class Positions(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         pairs = config.width // config.heads // 2
-        space = pairs // 3
-        self.time = pairs - 2 * space  # the first pairs belong to time, the others to y and x
-        self.skip = 0 if config.time_features else self.time
+        space = pairs // 3  # pairs each of y and x; those before them belong to time
+        time = pairs - 2 * space
+        self.first = 0 if config.time_features else time  # of the pairs seen at the input
         # Cycles per second (from a minute's wave up to half the frame rate) and per frame side.
-        time = torch.logspace(math.log2(1 / 64), math.log2(config.rate / 2), self.time, base=2)
+        seconds = torch.logspace(math.log2(1 / 64), math.log2(config.rate / 2), time, base=2)
         side = torch.logspace(-2, math.log2(config.space_cycles), space, base=2)
-        cycles = torch.zeros(3, pairs)
-        cycles[0, : self.time] = time
-        cycles[1, self.time : self.time + space] = side
-        cycles[2, self.time + space :] = side
+        cycles = torch.block_diag(seconds, side, side)  # (3, d/2)
         self.register_buffer("cycles", cycles, persistent=False)
-        self.features = nn.Linear(2 * (pairs - self.skip), config.width)
+        self.features = nn.Linear(2 * (pairs - self.first), config.width)
 
     def forward(self, coords: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """coords (N, 3) -> features (N, D), cos (N, d/2), sin (N, d/2)."""
         # No matrix product: autocast would round it, and large angles would mean nothing.
         angles = 2 * math.pi * (coords[:, :, None] * self.cycles).sum(1)  # (N, d/2)
         cos, sin = angles.cos(), angles.sin()
-        return self.features(torch.cat([cos, sin], -1)[:, self._columns()]), cos, sin
+        seen = torch.cat([cos[:, self.first :], sin[:, self.first :]], -1)
+        return self.features(seen), cos, sin
 
-    def _columns(self) -> Tensor:
-        pairs = self.cycles.shape[1]
-        kept = torch.arange(self.skip, pairs, device=self.cycles.device)
-        return torch.cat([kept, pairs + kept])
+
+def timestep_waves(t: Tensor) -> Tensor:
+    """Return sines and cosines of t, (B,) in [0, 1] -> (B, 256): slow to fast waves, as usual."""
+    frequencies = 1000 * torch.logspace(0, -4, 128, device=t.device)
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Scale the last axis to unit root mean square, (..., D) -> (..., D).
+
+    By hand because torch's own is several times slower in bf16 on a CPU.
+    """
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend from q (B, A, N, d) to k, v (B, A, M, d) -> (B, A, N, d)."""
+    if q.device.type == "cpu" and k.shape[-2] <= 256:  # several times faster than the fused one
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # (B, A, N, M)
+        return weights.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def frame_attention(q: Tensor, k: Tensor, v: Tensor, frame_tokens: Sequence[int]) -> Tensor:
+    """Attend within each frame only. q, k, v: (B, A, N, d); frame_tokens: tokens of each frame."""
+    runs = [(tokens, len(list(run))) for tokens, run in groupby(frame_tokens)]  # of equal frames
+    sizes, out = [tokens * frames for tokens, frames in runs], []
+    for (_, frames), *qkv in zip(runs, *(x.split(sizes, 2) for x in (q, k, v)), strict=True):
+        qkv = (rearrange(x, "b a (f n) d -> (b f) a n d", f=frames) for x in qkv)
+        out.append(rearrange(attention(*qkv), "(b f) a n d -> b a (f n) d", f=frames))
+    return torch.cat(out, 2)
 
 
 class SelfAttention(nn.Module):
@@ -157,7 +180,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens to the text, which has no mask: its padding is zero."""
+    """Multi-head attention from the tokens to the text.
+
+    It has no mask: the rows that fill a short text up take part. They are zeros until `DiT.text_in`
+    adds its biases; then they are one and the same row, whatever the text. (Wan does so, too.)
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -173,6 +200,12 @@ class CrossAttention(nn.Module):
         return self.out(rearrange(attention(rms_norm(q), rms_norm(k), v), "b a n d -> b n (a d)"))
 
 
+def rename_3d_attention(_, tensors: dict[str, Tensor], prefix: str, *__):
+    """Let weights be loaded that were saved when a block's `attention_3d` was called `full`."""
+    for name in [name for name in tensors if name.startswith(f"{prefix}full.")]:
+        tensors[name.replace(f"{prefix}full.", f"{prefix}attention_3d.")] = tensors.pop(name)
+
+
 class Block(nn.Module):
     """Spatial attention, 3D attention, cross-attention, FFN (App. A).
 
@@ -185,10 +218,11 @@ class Block(nn.Module):
         width, heads = config.width, config.heads
         self.scale = nn.Linear(width, 4 * width)
         self.spatial = SelfAttention(width, heads)
-        self.full = SelfAttention(width, heads)
+        self.attention_3d = SelfAttention(width, heads)
         self.cross = CrossAttention(width, heads)
         self.ffn_in = nn.Linear(width, config.ffn * width)
         self.ffn_out = nn.Linear(config.ffn * width, width)
+        self.register_load_state_dict_pre_hook(rename_3d_attention)
 
     def forward(
         self,
@@ -198,12 +232,12 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         within_frame: Attend,
-        over_time: Attend,
+        within_window: Attend,
     ) -> Tensor:
         """x (B, N, D), time (B, D), text (B, L, D), cos and sin (N, d/2) -> (B, N, D)."""
         scales = (1 + self.scale(time)).to(x)[:, None].chunk(4, -1)  # 4 x (B, 1, D)
         x = x + self.spatial(rms_norm(x) * scales[0], cos, sin, within_frame)
-        x = x + self.full(rms_norm(x) * scales[1], cos, sin, over_time)
+        x = x + self.attention_3d(rms_norm(x) * scales[1], cos, sin, within_window)
         x = x + self.cross(rms_norm(x) * scales[2], text)
         return x + self.ffn_out(F.gelu(self.ffn_in(rms_norm(x) * scales[3])))
 
@@ -241,12 +275,65 @@ class DiT(nn.Module):
                     nn.init.zeros_(module.bias)
         zero = [self.scale_out, self.latents_out]
         for block in self.blocks:
-            zero += [block.scale, block.spatial.out, block.full.out, block.cross.out, block.ffn_out]
+            zero += [block.scale, block.ffn_out]
+            zero += [part.out for part in (block.spatial, block.attention_3d, block.cross)]
         for module in zero:
             nn.init.zeros_(module.weight)
         nn.init.normal_(self.type_embedding, std=0.5)
         if self.config.context_channels:
             nn.init.normal_(self.null_context, std=0.5)
+
+    def layout(self, z: Tensor, context: Tensor | None) -> list[Grid]:
+        """Return the grid of each stream, the latents' first; ValueError if a size does not fit."""
+        config, p = self.config, self.config.patch
+        _, _, frames, height, width = z.shape
+        if height % p or width % p:
+            raise ValueError(f"latents of {height} x {width} do not divide into patches of {p}")
+        if (context is not None) != bool(config.context_channels):
+            raise ValueError(
+                f"context {'given' if context is not None else 'missing'}, "
+                f"but context_channels is {config.context_channels}"
+            )
+        latents = Grid(frames, height // p, width // p, config.rate)
+        if context is None:
+            return [latents]
+        return [latents, Grid(*context.shape[2:], config.context_rate)]
+
+    def join_streams(
+        self, z: Tensor, context: Tensor | None, keep_context: Tensor | None
+    ) -> Tensor:
+        """Return latents and semantics as one sequence (Sec. 3.2: [z_t, z_sem]), (B, N, D)."""
+        latents = self.latents_in(to_tokens(z, self.config.patch))  # (B, T h/p w/p, D)
+        if context is None:
+            return latents
+        semantics = self.context_in(to_tokens(context))  # (B, S hs ws, D)
+        if keep_context is not None:
+            semantics = semantics.where(keep_context[:, None, None], self.null_context.to(latents))
+        return torch.cat([latents, semantics], 1)
+
+    def place(self, grids: Sequence[Grid], start: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what tells a token its place and stream, (N, D); RoPE's cos and sin, (N, d/2)."""
+        coords = torch.cat([grid_coords(*grid) for grid in grids]).to(self.type_embedding.device)
+        coords = torch.cat([coords[:, :1] + start, coords[:, 1:]], 1)  # (N, 3)
+        features, cos, sin = self.positions(coords)
+        # By token, with the features: torch 2.13 fails to compile, in bfloat16 on a CPU, the
+        # gradients of two biases that are added to all tokens alike.
+        types = zip(self.type_embedding, grids, strict=False)  # without a plan the first alone
+        types = torch.cat([e.expand(grid.tokens, -1) for e, grid in types])  # (N, D)
+        return features + types, cos, sin
+
+    def who_sees_whom(self, grids: Sequence[Grid]) -> tuple[Attend, list[Attend]]:
+        """Return spatial attention, and the 3D attention of even and of odd layers."""
+        frame_tokens = [g.height * g.width for g in grids for _ in range(g.frames)]
+        spatial = partial(frame_attention, frame_tokens=frame_tokens)
+        window, device = self.config.window, self.type_embedding.device
+        if window is None:
+            return spatial, [attention, attention]
+        streams = [Stream(g.frames, g.height * g.width, g.rate) for g in grids]
+        groups = [windows(streams, window, shifted, device) for shifted in (False, True)]
+        return spatial, [
+            partial(windowed_attention, groups=each, attend=attention) for each in groups
+        ]
 
     def forward(
         self,
@@ -257,78 +344,23 @@ class DiT(nn.Module):
         keep_context: Tensor | None = None,
         start: Tensor | float = 0.0,
     ) -> Tensor:
-        """Predict the velocity of z.
+        """Return the velocity of z, (B, C, T, h, w).
 
-        z: (B, C, T, h, w) noisy latents; t: (B,) in [0, 1], 1 = noise; text: (B, L, text_dim),
-        zeros = the null text; context: (B, K, S, hs, ws) semantics, exactly when the config has a
-        context; keep_context: (B,) bool, False = this sample's plan is dropped; start: seconds of
-        the video before z. Returns (B, C, T, h, w). Raises ValueError for sizes or conditions that
-        do not fit the config.
+        z: noisy latents; t: (B,) in [0, 1], 1 = noise; text: (B, L, text_dim), zeros = the null
+        text; context: (B, K, S, hs, ws) semantics, exactly when the config has a context;
+        keep_context: (B,) bool, False = this sample's plan is dropped; start: seconds of the video
+        before z. Raises ValueError for sizes or conditions that do not fit the config.
         """
-        config, (_, _, frames, height, width) = self.config, z.shape
-        p = config.patch
-        if height % p or width % p:
-            raise ValueError(f"latents of {height} x {width} do not divide into patches of {p}")
-        if (context is not None) != bool(config.context_channels):
-            raise ValueError(
-                f"context {'given' if context is not None else 'missing'}, "
-                f"but context_channels is {config.context_channels}"
-            )
-        x = self.latents_in(rearrange(z, "b c t (h p) (w q) -> b (t h w) (c p q)", p=p, q=p))
-        # x (B, T h/p w/p, D), before the semantics join
-        streams = [Stream(frames, height * width // p**2, config.rate)]
-        coords = [grid_coords(frames, height // p, width // p, config.rate)]
-        if context is not None:
-            semantics = self.context_in(rearrange(context, "b k s h w -> b (s h w) k"))
-            if keep_context is not None:
-                semantics = semantics.where(keep_context[:, None, None], self.null_context.to(x))
-            x = torch.cat([x, semantics], 1)  # (B, N, D), Sec. 3.2
-            streams.append(
-                Stream(context.shape[2], math.prod(context.shape[3:]), config.context_rate)
-            )
-            coords.append(grid_coords(*context.shape[2:], config.context_rate))
-
-        coords = torch.cat(coords).to(z.device)
-        coords = torch.cat([coords[:, :1] + start, coords[:, 1:]], 1)
-        features, cos, sin = self.positions(coords)  # (N, D), (N, d/2), (N, d/2)
-        # By token, with the features: torch 2.13 fails to compile, in bfloat16 on a CPU, the
-        # gradients of two biases that are added to all tokens alike.
-        types = zip(self.type_embedding, streams, strict=False)  # without a plan the first alone
-        types = torch.cat([e.expand(s.frames * s.tokens, -1) for e, s in types])  # (N, D)
-        x = x + (features + types).to(x)
-        time = F.silu(self.time_in(time_features(t)))  # (B, D)
+        grids = self.layout(z, context)
+        x = self.join_streams(z, context, keep_context)  # (B, N, D)
+        places, cos, sin = self.place(grids, start)  # (N, D), (N, d/2), (N, d/2)
+        x = x + places.to(x)
+        time = F.silu(self.time_in(timestep_waves(t)))  # (B, D)
         text = self.text_in(text)  # (B, L, D)
-
-        within_frame = partial(
-            frame_attention, frame_tokens=[s.tokens for s in streams for _ in range(s.frames)]
-        )
-        over_time = [attention, attention]  # even and odd layers
-        if config.window is not None:
-            over_time = [
-                partial(
-                    windowed_attention,
-                    groups=windows(streams, config.window, shifted, z.device),
-                    attend=attention,
-                )
-                for shifted in (False, True)
-            ]
+        within_frame, within_window = self.who_sees_whom(grids)
         for layer, block in enumerate(self.blocks):
-            inputs = (x, time, text, cos, sin, within_frame, over_time[layer % 2])
-            x = (
-                checkpoint(block, *inputs, use_reentrant=False)
-                if self.checkpoint
-                else block(*inputs)
-            )
-
-        x = x[:, : streams[0].frames * streams[0].tokens]  # the semantics have done their work
+            run = partial(checkpoint, block, use_reentrant=False) if self.checkpoint else block
+            x = run(x, time, text, cos, sin, within_frame, within_window[layer % 2])
+        x = x[:, : grids[0].tokens]  # the semantics have done their work
         x = self.latents_out(rms_norm(x) * (1 + self.scale_out(time)).to(x)[:, None])
-        return rearrange(
-            x, "b (t h w) (c p q) -> b c t (h p) (w q)", t=frames, h=height // p, p=p, q=p
-        )
-
-
-def time_features(t: Tensor) -> Tensor:
-    """Return sines and cosines of t, (B,) in [0, 1] -> (B, 256): slow to fast waves, as usual."""
-    frequencies = 1000 * torch.logspace(0, -4, 128, device=t.device)
-    angles = t[:, None].float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], -1)
+        return to_frames(x, grids[0], self.config.patch)

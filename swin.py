@@ -65,7 +65,6 @@ def window_bounds(
     return list(zip([Fraction(0), *cuts], [*cuts, duration], strict=True))
 
 
-@torch.compiler.disable  # fractions cannot be traced: a compiled model calls this as plain Python
 def windows(
     streams: Sequence[Stream],
     window: float | None,
@@ -79,6 +78,8 @@ def windows(
     and last windows. Raises ValueError, naming a length that works, where T_w or T_w / 2 would cut
     through a frame. Cached, so cheap to call in every forward pass; do not write into the result.
     """
+    if torch.compiler.is_compiling():  # fractions cannot be traced: called as plain Python instead
+        return torch.compiler.disable(windows)(streams, window, shifted, device)
     return list(_windows(tuple(streams), window, bool(shifted), torch.device(device)))
 
 

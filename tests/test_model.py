@@ -10,13 +10,16 @@ in use. Float32 where coordinates are computed, float64 elsewhere; fixed seeds.
 import math
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from config import tiny
@@ -31,7 +34,7 @@ from model import (
     grid_coords,
     rms_norm,
     rotate,
-    time_features,
+    timestep_waves,
 )
 
 PAINTER = DiTConfig(
@@ -133,7 +136,7 @@ def naive_self_attention(part, x: Tensor, angles: Tensor, mask: Tensor) -> Tenso
 def naive_block(block: Block, x, time, text, angles, same_frame: Tensor, same_window: Tensor):
     scale = (1 + block.scale(time)).chunk(4)
     x = x + naive_self_attention(block.spatial, normed(x) * scale[0], angles, same_frame)
-    x = x + naive_self_attention(block.full, normed(x) * scale[1], angles, same_window)
+    x = x + naive_self_attention(block.attention_3d, normed(x) * scale[1], angles, same_window)
     cross, heads = block.cross, block.cross.heads
     k, v = cross.kv(text).chunk(2, 1)
     q, k = normed(cross.q(normed(x) * scale[2]), heads), normed(k, heads)
@@ -325,6 +328,23 @@ def test_the_null_text_is_zeros_of_any_length_and_text_is_a_set():
     told = model(**batch)
     assert apart(told, null[1]) > 0.1
     assert_close(model(**batch | {"text": batch["text"].flip(1)}), told, 1e-5)
+
+
+@torch.no_grad()
+def test_padding_of_the_text_takes_part_as_one_more_row_each():
+    """No mask: after `text_in` a row of zeros is its biases, and shares the softmax, as in Wan."""
+    model, batch = awake(PAINTER), inputs(PAINTER)
+    short = model(**batch)
+    padded = batch | {"text": F.pad(batch["text"], (0, 0, 0, 4))}
+    rows = model.text_in(padded["text"])[:, -4:]
+    assert rows.equal(rows[:1, :1].expand_as(rows)) and rows.norm(dim=-1).min() > 0.1
+    assert apart(model(**padded), short) > 0.05
+    expected = naive_dit(model, **{name: x[0] for name, x in padded.items()})
+    assert_close(model(**padded)[0], expected, 1e-4)  # where nobody is left out either
+
+    for layer in (model.text_in[0], model.text_in[2]):  # without biases they would be keys of zero
+        layer.bias.zero_()
+    assert not model.text_in(padded["text"])[:, -4:].any()
 
 
 @torch.no_grad()
@@ -520,9 +540,9 @@ def test_rms_norm_is_torchs(dtype, tolerance):
     assert_close(rms_norm(x), F.rms_norm(x, (16,), eps=1e-6), tolerance)
 
 
-def test_time_features_differ_for_times_a_thousandth_apart():
+def test_timestep_waves_differ_for_times_a_thousandth_apart():
     """From slow waves, that tell 0 from 1, to fast ones, that tell one step from the next."""
-    features = time_features(torch.linspace(0, 1, 1001))
+    features = timestep_waves(torch.linspace(0, 1, 1001))
     assert features.shape == (1001, 256)
     gaps = torch.cdist(features, features) + 10 * torch.eye(1001)
     assert gaps.min() > 1, f"nearest times differ by {gaps.min():.3g} of {math.sqrt(256):.3g}"
@@ -649,3 +669,48 @@ def test_a_start_is_the_place_in_the_whole():
     whole = dit(z, t, text)
     part = dit(z[:, :, 4:8], t, text, start=2.0)
     torch.testing.assert_close(part, whole[:, :, 4:8], atol=1e-4, rtol=1e-4)
+
+
+# --- weights, the compiler, the meta device ----------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["latent", "semantic"])
+@torch.no_grad()
+def test_weights_saved_under_the_old_name_of_3d_attention_load_as_they_are(stage):
+    """The shipped ones; what is loaded is left as it was, and what is saved again has new names."""
+    file = load_file(Path(__file__).parents[1] / "assets" / "tiny" / f"{stage}.safetensors")
+    shipped = {name[4:]: x.float() for name, x in file.items() if name.startswith("dit.")}
+    assert sum(".full." in name for name in shipped) == 3 * 4  # qkv, gain, out of four blocks
+    given, model = dict(shipped), DiT(getattr(tiny(), stage))
+    model.load_state_dict(given)
+    assert given.keys() == shipped.keys()
+    found = model.state_dict()
+    assert len(found) == len(shipped)
+    for name, x in shipped.items():
+        assert found[name.replace(".full.", ".attention_3d.")].equal(x), name
+
+    again = DiT(model.config)
+    again.load_state_dict(found)
+    batch = inputs(model.config, side=(4, 4))
+    assert again(**batch).equal(model(**batch))
+    with pytest.raises(RuntimeError, match=r"Missing key.*attention_3d\.out"):
+        again.load_state_dict({n: x for n, x in shipped.items() if n != "blocks.1.full.out.weight"})
+
+
+def test_a_dit_without_windows_is_compiled_as_one_graph():
+    model, batch = awake(replace(PAINTER, depth=1)), inputs(PAINTER)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(**batch), model(**batch), 1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 2.0])
+def test_work_can_be_counted_without_doing_it(window):
+    """Forward and backward on the meta device: as many as where numbers are computed."""
+    counts = []
+    for device in ("cpu", "meta"):
+        model = DiT(replace(PAINTER, window=window)).to(device)
+        batch = {name: x.to(device) for name, x in inputs(PAINTER, frames=8).items()}
+        with FlopCounterMode(display=False) as counter:
+            model(**batch).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0, counts

@@ -15,12 +15,13 @@ from functools import lru_cache
 import torch
 
 from data import DataConfig
-from model import DiT, DiTConfig
+from model import DiTConfig
 from plumbing.fields import build, check_types, field_types, find_field, flat_fields, parse_value
 from plumbing.files import UserError, command
-from semantic import Compressor, CompressorConfig, PretrainedEncoderConfig
+from semantic import CompressorConfig, PretrainedEncoderConfig
+from swin import windows
 from text import UMT5Config
-from toy.encoder import TinyEncoder, TinyEncoderConfig
+from toy.encoder import TinyEncoderConfig
 from toy.text import HashTextConfig
 from toy.vae import TinyVAE, TinyVAEConfig
 from vae import WanVAEConfig
@@ -154,30 +155,21 @@ def check_fit(config: Config):
             raise UserError(f"{name} is {values[name]}, but the other parts need {fits}")
     if config.dtype not in DTYPES:
         raise UserError(f"dtype={config.dtype}: choose {', '.join(DTYPES)}")
-    parts = (config.data, config.vae, config.encoder, config.compressor)
-    check_sizes(*parts, config.latent, config.semantic)
+    check_sizes(config.data, config.vae, config.encoder, config.latent, config.semantic)
 
 
 @lru_cache(maxsize=64)  # a configuration is built several times on the way to a run
-def check_sizes(data, vae, encoder, compressor, latent: DiTConfig, semantic: DiTConfig):
+def check_sizes(data, vae, encoder, latent: DiTConfig, semantic: DiTConfig):
     """Raise UserError where the parts cannot be built, or do not take each other's shapes."""
     try:
         latents = vae.grid(data.frames, data.height, data.width)
         plan = encoder.grid(data.semantic_frames, data.semantic_height, data.semantic_width)
-        with torch.device("meta"):  # sizes only: nothing is computed
-            if isinstance(vae, TinyVAEConfig):
+        if isinstance(vae, TinyVAEConfig):
+            with torch.device("meta"):  # sizes only: nothing is computed
                 TinyVAE(replace(vae, blocks=1))  # all blocks are of one size
-            if isinstance(encoder, TinyEncoderConfig):
-                TinyEncoder(replace(encoder, blocks=1))
-            Compressor(encoder.dim, compressor)
-            for dit, grid in ((latent, latents), (semantic, plan)):
-                context = torch.empty(1, dit.context_channels, *plan)
-                DiT(replace(dit, depth=1))(
-                    torch.empty(1, dit.channels, *grid),
-                    torch.empty(1),
-                    torch.empty(1, 1, dit.text_dim),
-                    context if dit.context_channels else None,
-                )
+        for dit, grid in ((latent, latents), (semantic, plan)):
+            grids = dit.layout(grid, plan if dit.context_channels else None)
+            windows([each.stream for each in grids], dit.window, shifted=False)
     except (ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
         raise UserError(f"sizes do not fit: {str(error).splitlines()[0]}") from None
 

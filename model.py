@@ -32,6 +32,25 @@ from swin import Stream, windowed_attention, windows
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, A, N, d) -> (B, A, N, d)
 
 
+class Grid(NamedTuple):
+    """The tokens of one stream: so many frames, of height x width tokens each."""
+
+    frames: int
+    height: int
+    width: int
+    rate: float  # frames per second
+
+    @property
+    def stream(self) -> Stream:
+        """Frames of so many tokens: all that windows ask for."""
+        return Stream(self.frames, self.height * self.width, self.rate)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all frames."""
+        return self.frames * self.height * self.width
+
+
 @dataclass(frozen=True)
 class DiTConfig:
     """Sizes of one DiT. The paper gives none; the `paper` preset follows Wan2.1-1.3B."""
@@ -57,18 +76,23 @@ class DiTConfig:
                 f"width {self.width} over {self.heads} heads: each needs an even width, at least 6"
             )
 
+    def layout(self, latents: Sequence[int], context: Sequence[int] | None) -> list[Grid]:
+        """Return the grid of latents (T, h, w) and of semantics (S, hs, ws), if there are any.
 
-class Grid(NamedTuple):
-    """The tokens of one stream: so many frames, of height x width tokens each."""
-
-    frames: int
-    height: int
-    width: int
-    rate: float  # frames per second
-
-    @property
-    def tokens(self) -> int:
-        return self.frames * self.height * self.width
+        Raises ValueError where they do not fit.
+        """
+        (frames, height, width), p = latents, self.patch
+        if height % p or width % p:
+            raise ValueError(f"latents of {height} x {width} do not divide into patches of {p}")
+        if (context is not None) != bool(self.context_channels):
+            raise ValueError(
+                f"context {'given' if context is not None else 'missing'}, "
+                f"but context_channels is {self.context_channels}"
+            )
+        streams = [Grid(frames, height // p, width // p, self.rate)]
+        if context is not None:
+            streams.append(Grid(*context, self.context_rate))
+        return streams
 
 
 def to_tokens(z: Tensor, patch: int = 1) -> Tensor:
@@ -283,22 +307,6 @@ class DiT(nn.Module):
         if self.config.context_channels:
             nn.init.normal_(self.null_context, std=0.5)
 
-    def layout(self, z: Tensor, context: Tensor | None) -> list[Grid]:
-        """Return the grid of each stream, the latents' first; ValueError if a size does not fit."""
-        config, p = self.config, self.config.patch
-        _, _, frames, height, width = z.shape
-        if height % p or width % p:
-            raise ValueError(f"latents of {height} x {width} do not divide into patches of {p}")
-        if (context is not None) != bool(config.context_channels):
-            raise ValueError(
-                f"context {'given' if context is not None else 'missing'}, "
-                f"but context_channels is {config.context_channels}"
-            )
-        latents = Grid(frames, height // p, width // p, config.rate)
-        if context is None:
-            return [latents]
-        return [latents, Grid(*context.shape[2:], config.context_rate)]
-
     def join_streams(
         self, z: Tensor, context: Tensor | None, keep_context: Tensor | None
     ) -> Tensor:
@@ -324,12 +332,12 @@ class DiT(nn.Module):
 
     def who_sees_whom(self, grids: Sequence[Grid]) -> tuple[Attend, list[Attend]]:
         """Return spatial attention, and the 3D attention of even and of odd layers."""
-        frame_tokens = [g.height * g.width for g in grids for _ in range(g.frames)]
+        streams = [grid.stream for grid in grids]
+        frame_tokens = [stream.tokens for stream in streams for _ in range(stream.frames)]
         spatial = partial(frame_attention, frame_tokens=frame_tokens)
         window, device = self.config.window, self.type_embedding.device
         if window is None:
             return spatial, [attention, attention]
-        streams = [Stream(g.frames, g.height * g.width, g.rate) for g in grids]
         groups = [windows(streams, window, shifted, device) for shifted in (False, True)]
         return spatial, [
             partial(windowed_attention, groups=each, attend=attention) for each in groups
@@ -351,7 +359,7 @@ class DiT(nn.Module):
         keep_context: (B,) bool, False = this sample's plan is dropped; start: seconds of the video
         before z. Raises ValueError for sizes or conditions that do not fit the config.
         """
-        grids = self.layout(z, context)
+        grids = self.config.layout(z.shape[2:], None if context is None else context.shape[2:])
         x = self.join_streams(z, context, keep_context)  # (B, N, D)
         places, cos, sin = self.place(grids, start)  # (N, D), (N, d/2), (N, d/2)
         x = x + places.to(x)

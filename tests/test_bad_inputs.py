@@ -623,7 +623,7 @@ REFUSED_CAPTIONS = {  # content, words of the message
     "nested too deep": (b"[" * 200_000 + b"]" * 200_000, ["line 1", "expected"]),
     "nested too deep inside": (b'{"video": ' + b'{"a":' * 99_999, ["line 1", "expected"]),
     "UTF-16, cut off": (f"{GOOD}\n{OTHER[:-5]}".encode("utf-16"), ["line 2", "expected"]),
-    "not UTF-8": (entry("one.webp", "caf@").encode().replace(b"@", b"\xe9"), ["no UTF-8"]),
+    "not UTF-8": (entry("one.webp", "caf@").encode().replace(b"@", b"\xe9"), ["not UTF-8"]),
     "null bytes": (b"\x00" * 100, ["line 1", "expected"]),
     "a null byte inside": (GOOD.encode()[:9] + b"\x00" + GOOD.encode()[9:], ["line 1"]),
     "a path outside": (entry("../clip.webp").encode(), ["must lie in the folder"]),

@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from plumbing.fields import differences
@@ -35,14 +36,32 @@ FORMAT = 2  # of the folder; raised when older ones can no longer be read
 CHUNK = 32  # clips of the world encoded at a time
 INSTALLATION = "pip install|cannot be imported"  # in a reason that is not the video's fault
 AGAIN = "run prepare.py precompute again"
-Encoders = Mapping[str, Callable[..., Tensor]]
 
 
-class Memory:
+class Clips:
+    """Encoded clips by their indices, whether they are in memory or on disk."""
+
+    def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return mean and log-variance of the latents, (B, C, T, h, w) float32."""
+        return self._rows("latents", indices).unbind(1)
+
+    def features(self, indices: Sequence[int]) -> Tensor:
+        """Return semantic features, (B, d, S, hs, ws) float32."""
+        return self._rows("features", indices)
+
+    def text(self, indices: Sequence[int]) -> Tensor:
+        """Return the captions' tokens with their padding, (B, L, dim) float32."""
+        return self._rows("text", indices)
+
+
+class Memory(Clips):
     """Clips of the synthetic world, encoded in chunks when first asked for, and kept."""
 
     def __init__(
-        self, clips: int, captions: Callable[[Sequence[int]], list[str]], encode: Encoders
+        self,
+        clips: int,
+        captions: Callable[[Sequence[int]], list[str]],
+        encode: Mapping[str, Callable[[Sequence[int]], Tensor]],
     ):
         """encode: indices -> "latents" (B, 2, C, T, h, w), "features" and "text"."""
         self._clips, self.captions, self._encode = clips, captions, encode
@@ -56,18 +75,6 @@ class Memory:
         other = copy.copy(self)
         other._clips = clips
         return other
-
-    def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return mean and log-variance of the latents, (B, C, T, h, w) float32."""
-        return self._rows("latents", indices).unbind(1)
-
-    def features(self, indices: Sequence[int]) -> Tensor:
-        """Return semantic features, (B, d, S, hs, ws) float32."""
-        return self._rows("features", indices)
-
-    def text(self, indices: Sequence[int]) -> Tensor:
-        """Return the captions' tokens with their padding, (B, L, dim) float32."""
-        return self._rows("text", indices)
 
     def _rows(self, kind: str, indices: Sequence[int]) -> Tensor:
         places = [divmod(int(i), CHUNK) for i in indices]
@@ -173,11 +180,10 @@ def read_header(cache: Path) -> dict:
     """Return what cache.json holds; UserError if it is of another version, or damaged."""
     file = cache / "cache.json"
     header = read_json(file)
-    if not isinstance(header, dict) or "format" not in header:
-        raise UserError(f"{file} is not a cache's header: no format in it")
-    if header["format"] != FORMAT:
-        made = f"{file} is of format {header['format']!r}, this version reads {FORMAT}"
-        raise UserError(f"{made}, one file a video: remove {cache}, and {AGAIN}")
+    made = header.get("format") if isinstance(header, dict) else None
+    if made != FORMAT:
+        found = f"format {made!r}, this version reads {FORMAT}, one file a video"
+        raise UserError(f"{file}: {found}: remove {cache}, and {AGAIN}")
     if header.pop("hash", None) != hash_of(header):
         raise UserError(f"{file} is damaged, or changed by hand: remove it, and {AGAIN}")
     return header
@@ -223,7 +229,7 @@ def end_cache(out: Path, header: dict) -> bool:
     return finished
 
 
-class Cache:
+class Cache(Clips):
     """The clips of a finished cache, read from its files when asked for."""
 
     def __init__(self, path: Path):
@@ -256,22 +262,12 @@ class Cache:
     def captions(self, indices: Sequence[int]) -> list[str]:
         return [self._clips[i][1] for i in indices]
 
-    def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return mean and log-variance of the latents, (B, C, T, h, w) float32."""
-        return self._rows("latents", indices).unbind(1)
-
-    def features(self, indices: Sequence[int]) -> Tensor:
-        """Return semantic features, (B, d, S, hs, ws) float32."""
-        return self._rows("features", indices)
-
-    def text(self, indices: Sequence[int]) -> Tensor:
-        """Return the captions' tokens with their padding, (B, L, dim) float32."""
-        tokens = torch.zeros(len(indices), *self.header["shapes"]["text"])
-        for row, i in zip(tokens, indices, strict=True):
-            found = self._open(*self._clips[i][:2])[0].get_tensor("text")
-            row[: len(found)] = found
-        return tokens
-
     def _rows(self, kind: str, indices: Sequence[int]) -> Tensor:
-        places = [self._clips[i] for i in indices]
-        return torch.stack([self._open(*at)[0].get_slice(kind)[k] for *at, k in places]).float()
+        return torch.stack([self._row(kind, *self._clips[i]) for i in indices]).float()
+
+    def _row(self, kind: str, name: str, caption: str, clip: int) -> Tensor:
+        content, _ = self._open(name, caption)
+        if kind != "text":
+            return content.get_slice(kind)[clip]
+        tokens = content.get_tensor(kind)
+        return pad(tokens, (0, 0, 0, self.header["shapes"][kind][0] - len(tokens)))

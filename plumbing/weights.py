@@ -24,7 +24,7 @@ STORED = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int6
 def locate(weights: str, name: str) -> Path | None:
     """Return the local path of a file of released weights, or None if they have no such file.
 
-    weights: a folder, or a hub id (the file is fetched if it is not in the hub's cache yet).
+    weights: a folder, or a hub id (a file that is not in the hub's cache yet is fetched).
     UserError if neither is there.
     """
     if Path(weights).is_dir():
@@ -33,14 +33,20 @@ def locate(weights: str, name: str) -> Path | None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights) or Path(weights).exists():
         raise UserError(f"{weights}: neither a folder with weights nor a hub id such as owner/name")
     require("huggingface_hub", "qwen")
-    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub import constants, errors, hf_hub_download, try_to_load_from_cache
 
+    cached = Path(constants.HF_HUB_CACHE, f"models--{weights.replace('/', '--')}")
+    main = cached / "refs/main"
+    # All files are of one commit: the one that the first of them was fetched at.
+    pinned = {"revision": main.read_text().strip()} if main.is_file() else {}
     try:
-        return Path(hf_hub_download(weights, name))
+        found = try_to_load_from_cache(weights, name, constants.HF_HUB_CACHE)
+        if found is None:  # neither a path nor the mark of a file that the repository does not have
+            found = hf_hub_download(weights, name, **pinned)
+        return Path(found) if isinstance(found, str) else None
     except Exception as error:  # no network, no such repository, no permission: many classes
-        known = Path(constants.HF_HUB_CACHE, f"models--{weights.replace('/', '--')}").is_dir()
         offline = isinstance(error, errors.LocalEntryNotFoundError)  # then the cache has to do
-        if isinstance(error, errors.EntryNotFoundError) and (known or not offline):
+        if isinstance(error, errors.EntryNotFoundError) and (cached.is_dir() or not offline):
             return None
         raise UserError(
             f"{weights} is no folder, and as a hub id it cannot be had: {first_line(error)}"

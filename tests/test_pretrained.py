@@ -43,6 +43,7 @@ from released import (
     vjepa2_model,
     write_hub,
     write_index,
+    write_json,
     write_qwen,
     write_settings,
     write_t5_tokenizer,
@@ -52,6 +53,9 @@ from released import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import semantic
+import text as text_module
+import vae as vae_module
 from data import to_float
 from plumbing.files import UserError, require
 from plumbing.weights import locate, read_settings, read_tensor, tensor_files
@@ -1269,6 +1273,69 @@ def test_a_part_is_let_go_with_its_last_name(request, name):
     assert len(kept) > 10 and not any(x() is not None for x in kept)
 
 
+def real_vision(dim: int, inside: int) -> dict:
+    """Return the vision_config of a released Qwen2.5-VL."""
+    vision = {**VISION, "depth": 32, "hidden_size": 1280, "num_heads": 16}
+    vision |= {"out_hidden_size": dim, "intermediate_size": inside}
+    return vision | {"fullatt_block_indexes": [7, 15, 23, 31]}
+
+
+def parameters(part: torch.nn.Module) -> int:
+    return sum(x.numel() for x in part.parameters())
+
+
+@pytest.fixture
+def weightless(monkeypatch):
+    """Build parts as their settings say, on the meta device: no weights are looked for."""
+
+    def build(kind: type, settings: object, *_) -> torch.nn.Module:
+        with torch.device("meta"):
+            return kind(settings)
+
+    for module in (semantic, vae_module, text_module):
+        monkeypatch.setattr(module, "tensor_files", lambda *_, **__: {})
+    for module in (semantic, vae_module):
+        monkeypatch.setattr(module, "fill", lambda *_: None)
+    monkeypatch.setattr(text_module, "build_by_library", build)
+
+
+@pytest.mark.parametrize(
+    ("dim", "inside", "count"),
+    [(2048, 3420, 668_684_288), (3584, 3420, 676_550_144), (8192, 3456, 704_573_696)],
+    ids=["3B", "7B", "72B"],
+)
+def test_the_towers_real_sizes(tmp_path, weightless, dim, inside, count):
+    write_settings(tmp_path, real_vision(dim, inside))
+    config = describe_encoder(str(tmp_path))
+    assert config.dim == dim and config.grid(8, 476, 840) == (4, 17, 30)
+    assert parameters(QwenVisionTower(config, "meta")) == count
+
+
+def test_the_vaes_real_size(tmp_path, weightless):
+    settings = {"_class_name": "AutoencoderKLWan", "base_dim": 96, "z_dim": 16}
+    settings |= {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": []}
+    write_json(tmp_path / "vae/config.json", settings)
+    config = describe_vae(str(tmp_path))
+    made = WanVAE(config, "meta")
+    assert parameters(made) == 126_892_531
+    latents = made.encode(torch.zeros(1, 3, 5, 480, 832, device="meta"))
+    assert latents.shape == (1, config.channels, *config.grid(5, 480, 832)) == (1, 16, 2, 60, 104)
+    assert made.decode(latents).shape == (1, 3, 5, 480, 832)
+
+
+def test_umt5s_real_size(tmp_path, weightless):
+    settings = {"model_type": "umt5", "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64}
+    settings |= {"num_layers": 24, "vocab_size": 256384, "tie_word_embeddings": False}
+    write_json(tmp_path / "text_encoder/config.json", settings)
+    write_t5_tokenizer(tmp_path / "tokenizer")
+    config = describe_text(str(tmp_path))
+    made = UMT5(config, "meta")
+    assert parameters(made) == 5_680_910_336
+    assert (
+        made.encode(["a red circle", ""]).shape == (2, config.words, config.dim) == (2, 512, 4096)
+    )
+
+
 # --- the hub and the libraries ------------------------------------------------------------------
 
 HUB = "nobody/nothing"
@@ -1330,6 +1397,35 @@ def test_what_of_a_repository_is_not_in_the_cache_is_named(hub, tmp_path, releas
     (snapshot / SHARDS[1]).resolve().unlink()
     with refused(QWEN, f"lacks {SHARDS[1]}"):
         describe_encoder(QWEN)
+
+
+def test_what_is_in_the_cache_is_not_asked_for(hub, monkeypatch, release):
+    """With a network, too: no request for a file that is there, or is known not to exist."""
+    snapshot = write_hub(hub, WAN, release[0])
+    gone = snapshot.parents[1] / ".no_exist" / snapshot.name / "config.json"
+    gone.parent.mkdir(parents=True)
+    gone.touch()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse(AssertionError("asked")))
+    assert locate(WAN, "vae/config.json") == snapshot / "vae/config.json"
+    assert locate(WAN, "config.json") is None
+
+
+def test_all_files_are_fetched_at_the_commit_of_the_first(hub, monkeypatch, release):
+    """Even if the repository has changed since, and its shards are no longer those of its index."""
+    snapshot, asked = write_hub(hub, WAN, release[0]), []
+    (snapshot / "vae/config.json").unlink()
+
+    def hf_hub_download(repository: str, name: str, revision: str = "main") -> str:
+        asked.append((repository, name, revision))
+        return str(release[0] / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    assert locate(WAN, "vae/config.json") == release[0] / "vae/config.json"
+    assert locate("other/name", "config.json") == release[0] / "config.json"
+    assert asked == [
+        (WAN, "vae/config.json", snapshot.name),
+        ("other/name", "config.json", "main"),
+    ]
 
 
 def refuse(error: Exception) -> Callable:
@@ -1398,6 +1494,12 @@ def test_only_the_files_that_are_needed_are_fetched(monkeypatch, checkpoint, tow
     video = to_float(random_video(1, 2, 28, 28))
     assert mine.encode(video).equal(tower.encode(video))
     assert locate(HUB, "nothing.json") is None
+
+
+@pytest.mark.parametrize("weights", ["a--b/c", "a/b.git", "a/..", "-a/b"])
+def test_an_id_that_the_hub_does_not_allow_is_one_line(hub, weights):
+    with refused(weights, "cannot be had"):
+        locate(weights, "config.json")
 
 
 @pytest.mark.parametrize("weights", ["a/b/c", "nothing", "/x", "https://host/a", "a b/c"])

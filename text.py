@@ -8,7 +8,6 @@ Contract: padding rows are zero and the empty string is all zeros, the null text
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 
 from plumbing.files import UserError, require
 from plumbing.weights import (
-    build_by_library,
     digest,
+    load_text_model,
     loading,
     locate,
     read_settings,
     tensor_files,
+    tokenizer_files,
 )
 
 
@@ -47,10 +47,6 @@ class TextEncoder(Protocol):
 # --- released text encoders ---------------------------------------------------------------------
 
 HEADS = re.compile(r"(pooler|decoder|lm_head|cls|vocab_\w+)\.")  # that only training needs
-TOKENIZER = (  # the files that it may consist of
-    *("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json"),
-    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-)
 
 
 @dataclass(frozen=True)
@@ -91,14 +87,6 @@ def describe_text(weights: str) -> UMT5Config:
     return UMT5Config(weights, digest(files), min(512, longest), dim)
 
 
-def tokenizer_files(weights: str, folder: str) -> list[Path]:
-    """Return the files of a tokenizer; UserError if there is none."""
-    found = [file for name in TOKENIZER if (file := locate(weights, folder + name))]
-    if not found:
-        raise UserError(f"{weights} has no tokenizer, such as {folder}{TOKENIZER[0]}")
-    return found
-
-
 def cleaned(text: str) -> str:
     """Return a text without line ends, doubled spaces and what no tokenizer takes."""
     return " ".join(text.encode("utf-8", "replace").decode().split())  # no lone surrogates
@@ -120,15 +108,7 @@ class UMT5(nn.Module):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 tokenizer_files(weights, tokenizer)[0].parent, trust_remote_code=False
             )
-            settings = transformers.AutoConfig.from_pretrained(
-                locate(weights, f"{folder}config.json").parent, trust_remote_code=False
-            )
-            kind = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING[type(settings)]
-            files, dtype = (
-                tensor_files(weights, stem=f"{folder}model"),
-                getattr(torch, config.dtype),
-            )
-            self.model = build_by_library(kind, settings, weights, files, dtype, HEADS)
+            self.model = load_text_model(weights, folder, getattr(torch, config.dtype), HEADS)
         self.to(device).eval().requires_grad_(False)
 
     def count(self, text: str) -> int:

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 
 from plumbing.files import UserError, first_line, read_json, require
 
+TOKENIZER = (  # the files that one may consist of
+    *("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json"),
+    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 STORED = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64
 
 
@@ -205,20 +209,27 @@ def fill(
     model.load_state_dict(tensors, assign=True)
 
 
-def build_by_library(
-    kind: type[nn.Module],
-    settings: object,
-    weights: str,
-    files: dict[str, Path],
-    dtype: torch.dtype,
-    heads: re.Pattern,
-) -> nn.Module:
-    """Return a model that transformers loads from these tensors: it knows names of older versions.
+def tokenizer_files(weights: str, folder: str = "") -> list[Path]:
+    """Return the files of a tokenizer in a folder ("tokenizer/"); UserError if there is none."""
+    found = [file for name in TOKENIZER if (file := locate(weights, folder + name))]
+    if not found:
+        raise UserError(f"{weights} has no tokenizer, such as {folder}{TOKENIZER[0]}")
+    return found
 
-    kind, settings: its classes; files: as for `fill`; heads: names that only training needs.
-    UserError if any other tensor is missing, foreign, of another shape or quantised.
+
+def load_text_model(weights: str, folder: str, dtype: torch.dtype, heads: re.Pattern) -> nn.Module:
+    """Return a text encoder that transformers builds from these weights: it knows older names.
+
+    folder: where in the weights, such as "text_encoder/"; heads: a pattern of names of tensors that
+    only training needs. UserError if any other is missing, foreign, of another shape or quantised.
     """
+    transformers = require("transformers", "text")
+    settings = transformers.AutoConfig.from_pretrained(
+        locate(weights, f"{folder}config.json").parent, trust_remote_code=False
+    )
+    files = tensor_files(weights, stem=f"{folder}model")
     tensors = {name: read_tensor(file, name) for name, file in files.items()}
+    kind = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING[type(settings)]
     model, report = kind.from_pretrained(
         None,  # no place to look for others
         config=settings,

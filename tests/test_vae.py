@@ -194,6 +194,23 @@ def test_latents_have_the_statistics_of_the_clips_they_were_measured_on():
 @settings(max_examples=20)
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0.01, 20)), min_size=3, max_size=3))
 @torch.no_grad()
+def test_a_draw_of_normalised_latents_is_the_normalised_draw(statistics):
+    """The posterior's mean and log-variance are both normalised, whatever the statistics."""
+    vae, video, noise = awake(), clips(), randn(2, 3, 2, 2, 3)
+    mean, log_variance = vae.raw_posterior(video)
+    raw = mean + noise * (0.5 * log_variance).exp()
+    centre, scale = torch.tensor(statistics).T.reshape(2, 3, 1, 1, 1)
+    vae.mean.copy_(centre)
+    vae.std.copy_(scale)
+    mean, log_variance = vae.posterior(video)
+    draw = mean + noise * (0.5 * log_variance).exp()
+    assert_close(draw * scale, raw - centre, 1e-4)
+    assert vae.encode(video).equal(mean)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0.01, 20)), min_size=3, max_size=3))
+@torch.no_grad()
 def test_decode_undoes_encode_whatever_the_statistics(statistics):
     vae, video = awake(), clips()
     expected = vae.reconstruct(vae.raw_posterior(video)[0]).clamp(-1, 1)

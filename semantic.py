@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from plumbing.files import UserError, require
-from plumbing.weights import digest, fill, loading, locate, read_settings, tensor_files
+from plumbing.weights import digest, fill, loading, locate, read_settings, size, tensor_files
 
 # --- the compressor -----------------------------------------------------------------------------
 
@@ -201,12 +201,12 @@ class QwenVisionTower(nn.Module):
     @classmethod
     def describe(cls, weights: str, settings: dict) -> PretrainedEncoderConfig:
         """Return the configuration of a checkpoint whose config.json says `settings`."""
-        try:
-            vision = settings["vision_config"]
-            patch = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
-            dim = vision["out_hidden_size"]
-        except (KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{weights}: config.json has no vision tower ({error!r})") from None
+        vision = settings.get("vision_config")
+        if not isinstance(vision, dict):
+            raise UserError(f"{weights}: config.json has no vision tower, no vision_config")
+        dim = size(weights, vision, "out_hidden_size")
+        side = size(weights, vision, "patch_size", default=14)
+        patch = side * size(weights, vision, "spatial_merge_size", default=2)
         files = [locate(weights, "config.json"), *tensor_files(weights, cls.prefix.match).values()]
         return PretrainedEncoderConfig(weights=weights, digest=digest(files), dim=dim, patch=patch)
 
@@ -277,10 +277,10 @@ class VJEPA2(nn.Module):
 
     mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1], from ImageNet
     std = (0.229, 0.224, 0.225)
-    heads = re.compile(r"(vjepa2\.)?(predictor|pooler|classifier)\.")  # that only training needs
+    heads = re.compile(r"(vjepa2\.)?(predictor|pooler|classifier)\.")  # not needed here
 
     def __init__(self, config: PretrainedEncoderConfig, device: torch.device | str = "cpu"):
-        """Load the weights. UserError if they are not readable."""
+        """Load the weights. UserError if any tensor is missing, foreign or of another size."""
         super().__init__()
         self.config = config
         transformers = require("transformers", "qwen")
@@ -298,21 +298,19 @@ class VJEPA2(nn.Module):
     @classmethod
     def describe(cls, weights: str, settings: dict) -> PretrainedEncoderConfig:
         """Return the configuration of weights whose config.json says `settings`."""
-        if "hidden_size" not in settings:
-            raise UserError(f"{weights}: config.json lacks hidden_size")
         return PretrainedEncoderConfig(
             kind="vjepa2",
             weights=weights,
             digest=digest([locate(weights, "config.json"), *cls._files(weights).values()]),
-            dim=settings["hidden_size"],
-            patch=settings.get("patch_size", 16),
-            side=settings.get("crop_size", 256),
+            dim=size(weights, settings, "hidden_size"),
+            patch=size(weights, settings, "patch_size", default=16),
+            side=size(weights, settings, "crop_size", default=256),
             chunk=1,
         )
 
     @classmethod
     def _files(cls, weights: str) -> dict[str, Path]:
-        """Return {tensor name: file} of all that is not in its heads."""
+        """Return {tensor name: file} of all but the heads."""
         return tensor_files(weights, lambda name: not cls.heads.match(name))
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Text encoders: strings to tokens that the DiT reads by cross-attention.
 
-The paper does not name its text encoder. Here: `UMT5`, which Wan2.1 uses, and `HashText`, one
-without weights that takes any string (our choice for miniatures: the DiT learns words by itself).
-Contract: padding rows are zero and the empty string is all zeros, the null text of guidance.
+The paper does not name its text encoder. Here it is `UMT5`, which Wan2.1 uses; the miniature's is
+`HashText` in toy/text.py, which has no weights. Of all of them, rows of padding are zero, and the
+tokens of the empty string are all zero: they are the null text of guidance.
 """
 
 import re
@@ -20,6 +20,7 @@ from plumbing.weights import (
     loading,
     locate,
     read_settings,
+    size,
     tensor_files,
     tokenizer_files,
 )
@@ -46,7 +47,7 @@ class TextEncoder(Protocol):
 
 # --- released text encoders ---------------------------------------------------------------------
 
-HEADS = re.compile(r"(pooler|decoder|lm_head|cls|vocab_\w+)\.")  # that only training needs
+HEADS = re.compile(r"(pooler|decoder|lm_head|cls|vocab_\w+)\.")  # tensors that are not needed here
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,8 @@ def describe_text(weights: str) -> UMT5Config:
     """
     folder, tokenizer = text_folders(weights)
     settings = read_settings(weights, f"{folder}config.json")
-    dim = settings.get("d_model", settings.get("hidden_size"))
-    longest = settings.get("max_position_embeddings", 512)  # relative positions have no limit
-    if not isinstance(dim, int) or not isinstance(longest, int):
-        raise UserError(f"{weights}: config.json tells no width (d_model or hidden_size) or length")
+    dim = size(weights, settings, "d_model", "hidden_size")
+    longest = size(weights, settings, "max_position_embeddings", default=512)  # T5 has no limit
     if "quantization_config" in settings:
         raise UserError(f"{weights}: quantised weights (quantization_config) are not read here")
     files = [
@@ -88,8 +87,8 @@ def describe_text(weights: str) -> UMT5Config:
 
 
 def cleaned(text: str) -> str:
-    """Return a text without line ends, doubled spaces and what no tokenizer takes."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())  # no lone surrogates
+    """Return a text in one line, without double spaces and lone surrogates (no tokenizer's)."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 class UMT5(nn.Module):

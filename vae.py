@@ -1,9 +1,9 @@
 """Video VAEs: pixels to the latents that stage 2 denoises, and back.
 
-The paper uses a 3D VAE that it does not describe further (Sec. 3.1). Here: `WanVAE`, Wan2.1's, and
-`TinyVAE`, a small 3D KL VAE to train from scratch. Latents are normalised with statistics of the
-training clips, so that the diffusion sees about zero mean and unit variance whatever the VAE's own
-scale is.
+The paper uses a 3D VAE that it does not describe further (Sec. 3.1). Here it is `WanVAE`, Wan2.1's;
+the miniature's is `TinyVAE` in toy/vae.py. Latents are normalised by the mean and the deviation of
+each channel, so that the diffusion sees about zero mean and unit variance whatever the VAE's own
+scale is. Wan's statistics are published with its weights; TinyVAE measures its own.
 
 Layouts: video (B, 3, F, H, W) float in [-1, 1]; latents (B, C, T, h, w).
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plumbing.files import UserError, require
-from plumbing.weights import digest, fill, loading, locate, read_settings, tensor_files
+from plumbing.weights import digest, fill, loading, locate, read_settings, size, tensor_files
 
 
 class VAEConfig(Protocol):
@@ -113,14 +113,17 @@ def describe_vae(weights: str) -> WanVAEConfig:
     settings = read_settings(weights, f"{folder}config.json")
     kind = settings.get("_class_name")
     if kind != "AutoencoderKLWan":
-        raise UserError(f"{weights} holds a {kind!r}, not AutoencoderKLWan (-Diffusers has one)")
+        raise UserError(
+            f"{weights} holds a {kind!r}, not AutoencoderKLWan: repositories whose names end in "
+            "-Diffusers have one"
+        )
     files = tensor_files(weights, stem=f"{folder}diffusion_pytorch_model")
     return WanVAEConfig(
         weights=weights,
         digest=digest([locate(weights, f"{folder}config.json"), *files.values()]),
-        channels=settings.get("z_dim", 16),
-        time_patch=settings.get("scale_factor_temporal", 4),
-        space_patch=settings.get("scale_factor_spatial", 8),
+        channels=size(weights, settings, "z_dim", default=16),
+        time_patch=size(weights, settings, "scale_factor_temporal", default=4),
+        space_patch=size(weights, settings, "scale_factor_spatial", default=8),
     )
 
 

@@ -83,6 +83,15 @@ def read_settings(weights: str, name: str = "config.json") -> dict:
     return settings
 
 
+def size(weights: str, settings: dict, *names: str, default: int | None = None) -> int:
+    """Return the first of these sizes that the settings name; UserError if it is none."""
+    value = next((settings[name] for name in names if name in settings), default)
+    if type(value) is not int or value < 1:
+        what = " or ".join(names)
+        raise UserError(f"{weights}: config.json needs a whole number {what}, not {value!r}")
+    return value
+
+
 def tensor_files(
     weights: str, wanted: Callable[[str], object] = bool, stem: str = "model"
 ) -> dict[str, Path]:

@@ -472,6 +472,7 @@ WRONG = {  # what is done to the checkpoint, and the words that name it
     "no hidden_size": (set_vision(hidden_size=None), ["vision tower", "hidden_size"]),
     "no out_hidden_size": (set_vision(out_hidden_size=None), ["out_hidden_size"]),
     "a size is a word": (set_vision(depth="four"), ["depth"]),
+    "a described size is a word": (set_vision(patch_size="14"), ["whole number patch_size"]),
     "another depth": (set_vision(depth=5), ["lacks blocks.4.attn.proj.bias"]),
     "another width": (set_vision(hidden_size=32), [SHARDS[0], "(64,", "(32,"]),
 }
@@ -939,6 +940,14 @@ WRONG_VAE = {
         ["lacks"],
     ),
     "no config.json": (lambda f: (f / "config.json").unlink(), ["config.json"]),
+    "a size is a word": (
+        lambda f: edit_json(f / "config.json", lambda x: x.update(z_dim="four")),
+        ["a whole number z_dim, not 'four'"],
+    ),
+    "a size is zero": (
+        lambda f: edit_json(f / "config.json", lambda x: x.update(scale_factor_spatial=0)),
+        ["a whole number scale_factor_spatial, not 0"],
+    ),
     "another class": (
         lambda f: edit_json(f / "config.json", lambda x: x.update(_class_name="AutoencoderKL")),
         ["'AutoencoderKL'", "AutoencoderKLWan"],
@@ -1141,7 +1150,7 @@ WRONG_TEXT = {
     ),
     "a length that is no number": (
         lambda f: edit_json(f / TEXT_SETTINGS, lambda x: x.update(max_position_embeddings="all")),
-        ["length"],
+        ["a whole number max_position_embeddings, not 'all'"],
     ),
     "an unknown model": (
         lambda f: edit_json(f / TEXT_SETTINGS, lambda x: x.update(model_type="nobody")),

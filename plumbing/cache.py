@@ -33,7 +33,7 @@ from plumbing.files import UserError, first_line, read_json, sweep, write_file
 from plumbing.weights import digest
 
 FORMAT = 2  # of the folder; raised when older ones can no longer be read
-CHUNK = 32  # clips of the world encoded at a time
+CHUNK = 64  # clips of the world encoded at a time
 INSTALLATION = "pip install|cannot be imported"  # in a reason that is not the video's fault
 AGAIN = "run prepare.py precompute again"
 
@@ -167,7 +167,7 @@ def write_entry(
         tensors = {kind: torch.stack([clip[kind] for clip in encoded]) for kind in encoded[0]}
         tensors["text"] = text
     except (UserError, OSError) as error:
-        made_of["skipped"] = str(error).removeprefix(f"{video}: ")
+        made_of["skipped"] = str(error).removeprefix(f"{video}: ").replace(str(video), name)
         tqdm.write(f"skipped {error}")
     made_of["clips"] = len(tensors.get("latents", ()))
     write_file(video_file(cache, name, caption), save(tensors, {"made_of": json.dumps(made_of)}))
@@ -183,7 +183,7 @@ def read_header(cache: Path) -> dict:
     made = header.get("format") if isinstance(header, dict) else None
     if made != FORMAT:
         found = f"format {made!r}, this version reads {FORMAT}, one file a video"
-        raise UserError(f"{file}: {found}: remove {cache}, and {AGAIN}")
+        raise UserError(f"{file}: {found}: remove {cache}, to have it made anew")
     if header.pop("hash", None) != hash_of(header):
         raise UserError(f"{file} is damaged, or changed by hand: remove it, and {AGAIN}")
     return header

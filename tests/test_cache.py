@@ -469,14 +469,15 @@ def test_what_is_moved_is_not_encoded_again(tmp_path, run, changing, monkeypatch
     shutil.move(changing, tmp_path / "somewhere")
     monkeypatch.setattr(prepare, "clips_of", None)
     again = made(tmp_path / "somewhere", tmp_path / "elsewhere", run)
-    assert contents(tmp_path / "elsewhere") == content
+    assert contents(tmp_path / "elsewhere") == content  # no folder's name is in it
     assert again.listing == before.listing
     monkeypatch.undo()
     video_file(tmp_path / "elsewhere", "clips/2.webp", "a 2").unlink()
     with pytest.raises(UserError, match="1 of 6 videos are missing"):
         Cache(tmp_path / "elsewhere")
-    made(tmp_path / "somewhere", tmp_path / "elsewhere", run)
-    assert contents(tmp_path / "elsewhere") == content
+    for cache in ("elsewhere", "new"):
+        made(tmp_path / "somewhere", tmp_path / cache, run)
+        assert contents(tmp_path / cache) == content
 
 
 def test_a_listing_is_of_names_and_captions(tmp_path, run, changing):

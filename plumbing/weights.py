@@ -105,22 +105,18 @@ def tensor_files(
     needed = sorted({shard for name, shard in places.items() if wanted(name)})
     files = {shard: locate(weights, beside + shard) for shard in needed}
     missing = [beside + shard for shard, file in files.items() if file is None]
-    if missing or not places:
-        file = locate(weights, f"{stem}.safetensors")
-        if file is not None:  # an index of shards that are not there is a leftover
-            return {name: file for name in tensor_names(file) if wanted(name)}
+    if missing or not places:  # an index of shards that are not there may be a leftover
+        if single := locate(weights, f"{stem}.safetensors"):
+            return {name: single for name in tensor_names(single) if wanted(name)}
         if missing:
             raise UserError(f"{weights} lacks {', '.join(missing)}, which its index names")
-        other = others(weights, beside)
+        settings = locate(weights, f"{beside}config.json")
+        there = settings.parent.iterdir() if settings else []
+        there = sorted(x.name for x in there if x.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        other = f"; {', '.join(there)} cannot be read instead" if there else ""
         raise UserError(f"{weights} has no {stem}.safetensors and no index of its shards{other}")
-    found = {}
-    for shard, file in files.items():
-        names = tensor_names(file)
-        found |= {name: file for name in names if wanted(name) and places.get(name, shard) == shard}
-        promised = {name for name, place in places.items() if place == shard and wanted(name)}
-        if lost := sorted(promised - set(names)):
-            raise UserError(f"{file} lacks {lost[0]}, which its index names")
-    return found
+    found = {name: file for file in files.values() for name in tensor_names(file) if wanted(name)}
+    return found | {name: files[shard] for name, shard in places.items() if wanted(name)}
 
 
 def read_index(weights: str, name: str) -> dict[str, str]:
@@ -136,15 +132,6 @@ def read_index(weights: str, name: str) -> dict[str, str]:
         if not re.fullmatch(r"[^/\\]+\.safetensors", shard):
             raise UserError(f"{file} names {shard}: not a safetensors file beside it")
     return places
-
-
-def others(weights: str, folder: str) -> str:
-    """Return what to say of weights that cannot be read and lie where others are looked for."""
-    settings = locate(weights, f"{folder}config.json")
-    there = sorted(settings.parent.iterdir()) if settings else []
-    kinds = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
-    names = [file.name for file in there if file.suffix in kinds]
-    return f"; {', '.join(names)} cannot be read instead" if names else ""
 
 
 def tensor_names(file: Path) -> list[str]:

@@ -39,7 +39,7 @@ FUNCTION_LINES, FORWARD_LINES = 60, 30
 
 # Not there yet. These lists only ever become shorter.
 BACKWARDS = ("toy.scores", "plumbing.metrics")
-TOO_LONG = ("text", "prepare", "config", "run", "train", "sample", "evaluate")
+TOO_LONG = ("prepare", "config", "run", "train", "sample", "evaluate")
 TOO_MUCH = ("plumbing", "all")
 LONG_FUNCTIONS = ("evaluate", "sample", "train")
 

@@ -22,11 +22,10 @@ from einops import rearrange
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from plumbing.files import UserError, command, require, write_file
 from plumbing.weights import digest, locate
 from semantic import ENCODERS, PretrainedEncoderConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 KIND = "efficientnet_lite0"
 

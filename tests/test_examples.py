@@ -1,12 +1,14 @@
 """examples/: pretrained networks that come with pip, on real videos, offline, from end to end.
 
-Needs the packages of examples/requirements.txt, and is left out without them.
+The last of them needs the packages of examples/requirements.txt, and is left out without them.
 """
 
 import importlib.util
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +33,16 @@ def folder_of(package: str) -> Path:
     if spec is None:
         pytest.skip(f"{package} is not installed: examples/requirements.txt")
     return Path(spec.submodule_search_locations[0])
+
+
+def test_the_example_runs_from_anywhere(tmp_path):
+    """Its own folder is what Python looks in first, not that of this project."""
+    script = ROOT / "examples" / "own_encoder.py"
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    out = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert out.returncode == 2 and out.stderr.startswith("error: expected: prepare FOLDER"), out
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def test_any_strings_give_finite_tokens_and_zeros_for_padding(texts):
     for row, text in zip(tokens, texts, strict=True):
         used = len(text.split())
         assert row.ne(0).any(1).tolist() == [place < used for place in range(4)]
+        assert SMALL.count(text) == used  # more than 4 are not read
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t ", "\u3000"])

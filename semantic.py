@@ -26,11 +26,11 @@ from plumbing.weights import digest, fill, loading, locate, read_settings, size,
 
 @dataclass(frozen=True)
 class CompressorConfig:
-    """Sizes of the compressor and its regularisation (none of them given in the paper but K)."""
+    """Sizes of the compressor, and its regularisation. The paper gives K alone."""
 
     channels: int = 8  # K: the paper tries 64 and 8, and 8 is best (Table 3)
     hidden: int = 256
-    kl_weight: float = 3e-5  # on KL summed over channels; larger ones kill the plan
+    kl_weight: float = 3e-5  # of the KL, summed over channels; larger ones kill the plan
     log_variance: float = -4.0  # where the log-variance starts: low, or the posterior collapses
     noise: float = 0.2  # tau: noise on z_sem of tau * |N(0, 1)| times its deviation, as in RAE
 
@@ -41,7 +41,7 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 class Compressor(nn.Module):
-    """MLP from d features to the mean and log-variance of K channels; KL towards N(0, I)."""
+    """An MLP from d features to the mean and log-variance of K channels, and their KL."""
 
     def __init__(self, dim: int, config: CompressorConfig):
         super().__init__()
@@ -49,19 +49,18 @@ class Compressor(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(dim, config.hidden), nn.SiLU(), nn.Linear(config.hidden, 2 * config.channels)
         )
-        nn.init.orthogonal_(
-            self.mlp[2].weight[: config.channels], gain=2.0
-        )  # means of about unit scale
-        nn.init.zeros_(self.mlp[2].weight[config.channels :])
-        nn.init.zeros_(self.mlp[2].bias)
-        nn.init.constant_(self.mlp[2].bias[config.channels :], config.log_variance)
+        last, channels = self.mlp[2], config.channels  # means first, then log-variances
+        nn.init.orthogonal_(last.weight[:channels], gain=2.0)  # means of about unit scale
+        nn.init.zeros_(last.weight[channels:])
+        nn.init.zeros_(last.bias)
+        nn.init.constant_(last.bias[channels:], config.log_variance)
         # Features of pretrained towers have uneven scales: standardise them first.
         self.register_buffer("feature_mean", torch.zeros(dim))
         self.register_buffer("feature_std", torch.ones(dim))
-        # Statistics of z_sem: training noise is in proportion to it, and the planner generates
-        # plans of unit variance.
-        self.register_buffer("mean", torch.zeros(config.channels, 1, 1, 1))
-        self.register_buffer("std", torch.ones(config.channels, 1, 1, 1))
+        # z_sem's own: the training noise is in proportion to its deviation, and the planner
+        # generates plans of unit variance.
+        self.register_buffer("mean", torch.zeros(channels, 1, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1, 1))
 
     def posterior(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """features (B, d, S, hs, ws) -> mean and log-variance (B, K, S, hs, ws) float32."""
@@ -176,9 +175,9 @@ class PretrainedEncoderConfig:
 class QwenVisionTower(nn.Module):
     """The vision tower of Qwen2.5-VL, alone: the paper's semantic encoder (Sec. 3.2).
 
-    Loaded from a full Qwen2.5-VL checkpoint: of its shards only those that hold the tower are
-    opened, or fetched, and the language model is never read. Computed by transformers (extra
-    `qwen`); what its processor does to pixels is done here, because that needs torchvision.
+    It is loaded from a full Qwen2.5-VL checkpoint. Only the shards that hold the tower are fetched
+    and opened; the language model is never read. transformers (extra `qwen`) computes the tower.
+    Its processor would need torchvision, so pixels are prepared here.
 
     The tower attends within one pair of frames and never across: its features know motion only
     within a pair, and all structure over time is the DiT's to model. Pairs are therefore one batch,
@@ -270,9 +269,10 @@ class QwenVisionTower(nn.Module):
 
 
 class VJEPA2(nn.Module):
-    """V-JEPA 2, a drop-in that the paper names: self-supervised, and it does look across time.
+    """V-JEPA 2, another encoder that the paper names: self-supervised, and it looks across time.
 
-    Computed by transformers (extra `qwen`). Pairs of frames at its one size, patches of 16 pixels.
+    It reads pairs of frames of one size in patches of 16 pixels. transformers (extra `qwen`)
+    computes it.
     """
 
     mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1], from ImageNet
@@ -333,8 +333,8 @@ ENCODERS = {"qwen2_5_vl": QwenVisionTower, "vjepa2": VJEPA2}  # by model_type of
 def describe_encoder(weights: str) -> PretrainedEncoderConfig:
     """Return the configuration of released weights, in a folder or under a hub id.
 
-    Reads config.json and the weights files that the encoder needs, to tell them from others later.
-    UserError if they are not those of an encoder known here.
+    All files that the encoder needs are read, to tell them from others later. UserError if they are
+    not those of an encoder known here.
     """
     settings = read_settings(weights)
     kind = settings.get("model_type")

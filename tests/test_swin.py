@@ -467,13 +467,20 @@ def test_groups_first_asked_for_while_sampling_serve_training():
     assert x.grad is not None
 
 
-def test_a_compiled_model_takes_clips_of_any_length():
-    def layer(x: Tensor) -> Tensor:  # (B, heads, T, tokens, d)
-        groups = windows([Stream(x.shape[2], x.shape[3], 6.0)], 1.0, True, x.device)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_compiled_model_takes_clips_of_any_length(shifted):
+    """The groups, too, are those of plain Python: of this window and device (meta, for a GPU)."""
+
+    def layer(x: Tensor) -> tuple[Tensor, list[Tensor]]:  # (B, heads, T, tokens, d)
+        groups = windows([Stream(x.shape[2], x.shape[3], 6.0)], 2.0, shifted, x.device)
         x = x.flatten(2, 3)
-        return windowed_attention(x, x, x, groups)
+        return windowed_attention(x, x, x, groups), groups
 
     compiled = torch.compile(layer, backend="eager")
-    for frames in (8, 13, 20, 21):  # the second length makes the compiler treat it as a symbol
+    for frames in (14, 19, 26, 27):  # the second length makes the compiler treat it as a symbol
         x = torch.randn(1, 2, frames, 2, 4)
-        assert_close(compiled(x), layer(x), 1e-6)
+        (out, groups), (expected, same) = compiled(x), layer(x)
+        assert_close(out, expected, 1e-6)
+        assert all(a is b for a, b in zip(groups, same, strict=True))
+    _, groups = compiled(x.to("meta"))
+    assert {group.device.type for group in groups} == {"meta"}

@@ -37,14 +37,18 @@ def path(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity_target(data: Tensor, noise: Tensor) -> Tensor:
-    """Return dz_t / dt of the path, which does not depend on t (u_t of Eq. 3)."""
+    """Return dz_t / dt of the path, which is the same at every t (u_t of Eq. 3).
+
+    data, noise, velocity: (B, ...).
+    """
     return noise - data
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Move times towards the noise (shift > 1) or the data (shift < 1); keeps 0, 1 and the order.
+    """Move times, of any shape, towards the noise (shift > 1) or the data (shift < 1).
 
-    Our choice: the paper does not say whether it shifts. Used alike in training and in sampling.
+    0, 1 and the order stay. Training and sampling use the same shift. Our choice: the paper does
+    not say whether it shifts.
     """
     return shift * t / (shift * t + (1 - t))  # this form keeps 1 exactly
 
@@ -55,10 +59,11 @@ def sample_time(
     shift: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw n training times in [0, 1], (n,) float32 on the CPU; the paper does not say which.
+    """Draw n training times in [0, 1], then shift them: (n,) float32 on the CPU.
 
-    `logit_normal`: sigmoid of N(0, 1), most weight in the middle, where the velocity is hardest
-    to tell (our choice, as in Stable Diffusion 3); `uniform`. Raises ValueError for another name.
+    `logit_normal` is the sigmoid of N(0, 1): most weight in the middle, where the velocity is
+    hardest to tell. `uniform` is the other choice; another name raises ValueError. The paper does
+    not name its distribution; ours is that of Stable Diffusion 3.
     """
     if distribution == "logit_normal":
         t = torch.randn(n, generator=generator).sigmoid()
@@ -79,17 +84,21 @@ def flow_loss(velocity: Tensor, data: Tensor, noise: Tensor) -> Tensor:
 
 
 def guidance_weights(*scales: float) -> list[float]:
-    """Return the weights, summing to 1, of the velocities under ever more conditions.
+    """Return the weight of each velocity in classifier-free guidance, a scale for each condition.
 
-    Classifier-free guidance, a scale for each condition: v_0 + s_1 (v_1 - v_0) + s_2 (v_2 - v_1) +
-    ..., where v_0 is unconditional and v_k knows the first k conditions. Scale 1 everywhere weighs
-    only the last (conditional only), scale 0 everywhere only the first (unconditional only).
+    The guided velocity is v_0 + s_1 (v_1 - v_0) + s_2 (v_2 - v_1) + ..., where v_0 is unconditional
+    and v_k knows the first k conditions. So k scales give k + 1 weights, which sum to 1. Scales of
+    1 leave only the last velocity (conditional only), scales of 0 only the first (unconditional
+    only). Our choice: the paper does not say how it guides.
     """
     return [above - below for above, below in pairwise([1.0, *scales, 0.0])]
 
 
 def time_grid(steps: int, shift: float = 1.0) -> Tensor:
-    """Return the solver's steps + 1 times, from 1 (noise) down to 0 (data)."""
+    """Return the solver's times, (steps + 1,), from 1 (noise) down to 0 (data).
+
+    Raises ValueError for fewer than one step.
+    """
     if steps < 1:
         raise ValueError(f"{steps} steps: the solver needs at least 1")
     return shift_time(torch.linspace(1, 0, steps + 1), shift)
@@ -101,8 +110,8 @@ def euler(
     """Integrate dz = v(z, t) dt (Eq. 2) from noise at t = 1 to data at t = 0 (Eq. 4).
 
     velocity: any callable (z (B, ...), t (B,)) -> (B, ...); guidance and conditions are closures
-    around the network. noise: (B, ...) -> data (B, ...). Runs in float32 at least, whatever dtype
-    the network computes in.
+    around the network. noise: (B, ...) -> data (B, ...). Integrates in float32 at least, whatever
+    dtype the network computes in. Raises ValueError for fewer than one step.
     """
     z = noise.float() if noise.dtype in (torch.float16, torch.bfloat16) else noise
     times = time_grid(steps, shift).to(z)

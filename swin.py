@@ -3,15 +3,15 @@
 SemanticGen Sec. 3.4, Fig. 5: the VAE latents and the semantics of the same stretch of video of T_w
 seconds share one attention window; in odd layers the windows shift by T_w / 2. Our choices: windows
 are stretches of time, not rolled masks, so time does not wrap around; windows of equal composition
-are batched into one attention call, so that no mask and no wasted token exists.
+are one attention call, so no mask is needed and no token is wasted.
 
     even layers   |------ T_w ------|------ T_w ------|------ T_w ------|- left -|
     odd layers    |- T_w/2 -|------ T_w ------|------ T_w ------|----- left -----|
 
 Tokens run stream by stream (latents, then semantics), within a stream frame by frame. Any number
 of streams works; one alone is the model without a plan (Base-CT-Swin). All streams are cut at the
-same seconds, strictly inside the shortest one: what another has beyond it (the extra latent frame
-of a causal VAE) belongs to the last window and is never cut off from the plan.
+same seconds, and only where the shortest one still has frames. What a longer one has beyond its end
+(the extra latent frame of a causal VAE) is in the last window, with the end of the plan.
 
 Letters: N tokens; W windows of one group; n tokens of a window; D width; B batch; d head width.
 Public: Stream, fitting_window, window_bounds, windows, partition, merge, windowed_attention.
@@ -37,7 +37,10 @@ class Stream(NamedTuple):
 
 
 def fitting_window(rates: Sequence[float], near: float) -> Fraction:
-    """Return the T_w nearest to `near` seconds whose halves hold whole frames of every rate."""
+    """Return the T_w nearest to `near` seconds whose halves hold whole frames of every rate.
+
+    Raises ValueError for a rate that is not positive.
+    """
     pairs = [2 / _rate(rate) for rate in rates]  # seconds of two frames, one for each half
     shortest = Fraction(  # the least common multiple of these fractions
         math.lcm(*(pair.numerator for pair in pairs)),
@@ -49,10 +52,11 @@ def fitting_window(rates: Sequence[float], near: float) -> Fraction:
 def window_bounds(
     duration: float, window: float | None, shifted: bool
 ) -> list[tuple[Fraction, Fraction]]:
-    """Return the (start, end) seconds of all windows, in order; together [0, duration).
+    """Return the (start, end) seconds of all windows (Fig. 5), in order; together [0, duration).
 
     Window k covers [k T_w, (k + 1) T_w); a shifted layer starts with a half window; the last one is
-    what is left. No window, or one of at least the duration, is full attention in every layer.
+    what is left. No T_w, or one of at least the duration, is a single window: full attention.
+    Raises ValueError for a T_w that is not positive.
     """
     duration = _seconds(duration)
     if window in (None, math.inf) or _seconds(window) >= duration:
@@ -71,14 +75,16 @@ def windows(
     shifted: bool,
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
-    """Return index groups that hold every token exactly once.
+    """Return the tokens of all windows of a layer (Sec. 3.4), in groups that are one call each.
 
-    Each group is a LongTensor (W, n): W windows with the same number of frames of each stream, n
-    token indices each, in the order of the sequence. There are at most three groups: first, middle
-    and last windows. Raises ValueError, naming a length that works, where T_w or T_w / 2 would cut
-    through a frame. Cached, so cheap to call in every forward pass; do not write into the result.
+    A group is a LongTensor (W, n): W windows with the same number of frames of each stream, n
+    token indices each, in the order of the sequence. Every token is in exactly one window. There
+    are at most three groups: first, middle and last windows. Raises ValueError for an empty stream
+    and, naming a length that works, where T_w or T_w / 2 would cut through a frame. Cached, so
+    cheap to call in every forward pass; do not write into the result.
     """
-    if torch.compiler.is_compiling():  # fractions cannot be traced: called as plain Python instead
+    if torch.compiler.is_compiling():  # fractions cannot be traced: this runs as plain Python
+        # Not a decorator, which would import the compiler whether it is needed or not.
         return torch.compiler.disable(windows)(streams, window, shifted, device)
     return list(_windows(tuple(streams), window, bool(shifted), torch.device(device)))
 
@@ -105,11 +111,11 @@ def windowed_attention(
     groups: Sequence[Tensor],
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention,
 ) -> Tensor:
-    """Attend within windows only. q, k, v: (B, heads, N, d) -> (B, heads, N, d).
+    """Attend within windows only (Sec. 3.4). q, k, v: (B, heads, N, d) -> (B, heads, N, d).
 
-    attend: any attention over (B, heads, n, d). It is called once per group and sees W times as
-    many heads: windows are independent of one another just as heads are, and the gathered tensors
-    lie in memory in that order already. (A fifth axis would cost SDPA its fused kernels.)
+    groups: of `windows`. attend: any attention over (B, heads, n, d). It is called once per group
+    and sees W times as many heads: windows are as independent of one another as heads are, and the
+    gathered tensors lie in memory in that order. (A fifth axis would cost SDPA its fused kernels.)
     """
     if len(groups) == 1 and len(groups[0]) == 1:  # one window of all tokens is full attention
         return attend(q, k, v)
@@ -132,7 +138,7 @@ def _rate(rate: float) -> Fraction:
 
 
 def _seconds(seconds: float) -> Fraction:
-    """Return a time as the fraction it stands for; finer than a rate, being made of 1 / rate."""
+    """Return a time as the fraction it stands for: 2.5 is 5/2, and 1.66666667 is 5/3."""
     return Fraction(seconds).limit_denominator(1_000_000)
 
 
@@ -141,7 +147,7 @@ def _seconds(seconds: float) -> Fraction:
 def _windows(
     streams: tuple[Stream, ...], window: float | None, shifted: bool, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Compute `windows`: tensor arithmetic over tokens, Python only over the windows' seconds."""
+    """Do the work of `windows`: plain Python over windows, tensors over tokens."""
     for stream in streams:
         if stream.frames < 1 or stream.tokens < 1:
             raise ValueError(f"{stream} is empty: leave it out")

@@ -45,7 +45,6 @@ LIMITS = {  # least and greatest of a number, by a field's last name or all of i
     "base_guidance": (-100, 100),
 }
 LONGEST = 3600  # seconds of a video that is sampled
-STAGES = ("vae", "encoder", "latent", "semantic", "base")  # in the order of training
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,31 @@ class Config:
 
     def __post_init__(self):
         check_fit(self)
+
+    @property
+    def base(self) -> DiTConfig:
+        """The control's network: the painter's without a plan.
+
+        Its windows have no plan to tell them when they are, so it needs absolute time.
+        """
+        return replace(self.latent, context_channels=0, time_features=True)
+
+    def latent_grid(self, frames: int | None = None) -> tuple[int, int, int]:
+        """Return (T, h, w) of the VAE latents of a video of `frames`, or of the trained length."""
+        return self.vae.grid(*replace(self.data, frames=frames or self.data.frames).size)
+
+    def plan_grid(self, frames: int | None = None) -> tuple[int, int, int]:
+        """Return (S, hs, ws) of z_sem, likewise."""
+        data = replace(self.data, frames=frames or self.data.frames)
+        return self.encoder.grid(*data.semantic_size)
+
+    def latent_tokens(self, frames: int | None = None) -> int:
+        """Return how many tokens a video's latents are."""
+        return math.prod(self.latent_grid(frames)) // self.latent.patch**2
+
+    def plan_tokens(self, frames: int | None = None) -> int:
+        """Return how many tokens its plan is."""
+        return math.prod(self.plan_grid(frames))
 
 
 def check_number(name: str, value: float, shown: str | None = None):
@@ -377,16 +401,14 @@ def clip_frames(config: Config, seconds: float) -> int:
 
 def shapes(config: Config, seconds: float) -> dict[str, object]:
     """Return shapes and numbers of tokens of a video of about that length, by name."""
-    frames, config_data = clip_frames(config, seconds), config.data
-    data = replace(config_data, frames=frames)
-    latents = config.vae.grid(frames, data.height, data.width)
-    low_rate = (data.semantic_frames, data.semantic_height, data.semantic_width)
-    plan = config.encoder.grid(*low_rate)
-    painted, planned = math.prod(latents) // config.latent.patch**2, math.prod(plan)
+    frames = clip_frames(config, seconds)
+    data = replace(config.data, frames=frames)
+    plan = config.plan_grid(frames)
+    painted, planned = config.latent_tokens(frames), config.plan_tokens(frames)
     return {
-        "video": (3, frames, data.height, data.width),
-        "low-rate video": (3, *low_rate),
-        "VAE latents": (config.vae.channels, *latents),
+        "video": (3, *data.size),
+        "low-rate video": (3, *data.semantic_size),
+        "VAE latents": (config.vae.channels, *config.latent_grid(frames)),
         "semantic features": (config.encoder.dim, *plan),
         "z_sem": (config.compressor.channels, *plan),
         "latent tokens": painted,

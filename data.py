@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from plumbing.cache import hash_of
 from plumbing.captions import list_videos
 from plumbing.files import UserError, refuse
 from plumbing.video import fit, frames_at
@@ -181,6 +182,12 @@ class Folder:
             except UserError as error:
                 first = first or error
         raise UserError(f"{self.path}: no video can be used; the first: {first}")
+
+    @property
+    def listing(self) -> str:
+        """16 hexadecimal digits that stand for the names and captions of its videos."""
+        videos = ((file.relative_to(self.path).as_posix(), text) for file, text in self.videos)
+        return hash_of(list(videos))
 
     def __len__(self) -> int:
         return len(self._clips)

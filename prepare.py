@@ -14,15 +14,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config, override, preset
-from data import DataConfig, Folder, clips_of, list_videos, to_float
+from data import DataConfig, Folder, clips_of, to_float
+from parts import FLAGS, add_part_flags, check_weights_named, parts_from_flags
 from plumbing.cache import Cache, Memory, end_cache, refuse_other, start_cache, write_entry
+from plumbing.captions import list_videos
 from plumbing.device import computing
 from plumbing.fields import build_field, flat_fields
 from plumbing.files import UserError, check_target, command
 from plumbing.processes import Team
 from plumbing.sheet import contact_sheet
 from plumbing.video import READER
-from run import FLAGS, Run, add_part_flags, check_weights_named, parts_from_flags
+from run import Run
 from toy.world import World
 
 PARTS = ("data", *FLAGS)  # the components that decide how clips are encoded
@@ -61,8 +63,8 @@ def header_of(run: Run, folder: Path, dtype: str) -> dict:
         "key": {**run.identity(), "reader": READER, "stored": dtype},
         "parts": {k: v for k, v in flat_fields(config).items() if k.split(".")[0] in PARTS},
         "shapes": {
-            "latents": (2, config.vae.channels, *config.vae.grid(*config.data.size)),
-            "features": (config.encoder.dim, *config.encoder.grid(*config.data.semantic_size)),
+            "latents": (2, config.vae.channels, *config.latent_grid()),
+            "features": (config.encoder.dim, *config.plan_grid()),
             "text": (config.text.words, config.text.dim),
         },
         "videos": [(f.relative_to(folder).as_posix(), text) for f, text in list_videos(folder)],
@@ -80,18 +82,18 @@ def encode_folder(
     """
     header, stored = header_of(run, folder, dtype), getattr(torch, dtype)
     todo = start_cache(out, header, folder, rank, processes)
-    run.unload()
+    run.let_go()
     texts = []
     for _, caption in tqdm(todo, "encoding captions", leave=False, disable=not todo):
         tokens = run.text.encode([caption])[0]
         tokens = tokens[: int(tokens.any(1).sum())]  # without padding, whose rows are zero
         texts.append(tokens.to("cpu", stored, copy=True))
-    run.unload()
+    run.let_go()
     for (name, caption), text in zip(tqdm(todo, "encoding", disable=not todo), texts, strict=True):
         clips = clips_of(folder / name, caption, run.config.data)
         clips = encode_clips(run.vae, run.encoder, clips, run.device, stored)
         write_entry(out, header, folder, name, caption, clips, text)
-    run.unload()
+    run.let_go()
     return end_cache(out, header)
 
 

@@ -12,7 +12,6 @@ Every sample has its own noise, fixed by seed and prompt: it does not depend on 
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,11 +20,12 @@ from torch import Tensor
 from config import check_number, clip_frames
 from data import reference_clip, to_float, to_uint8
 from flow import euler, guidance_weights
+from parts import add_part_flags, parts_from_flags
 from plumbing.files import UserError, check_target, command, require
-from plumbing.seeds import piece_seed
+from plumbing.seeds import text_seed
 from plumbing.sheet import contact_sheet, shown_frames
 from plumbing.video import write_video
-from run import ASSETS, Run, add_part_flags, parts_from_flags
+from run import ASSETS, Run
 from vae import VideoVAE
 
 PROMPTS = ("a red circle moves left and a blue square grows",)  # where the user names none
@@ -82,15 +82,14 @@ def sample_plans(
 
     options: steps, guidance; by default the run's.
     """
-    config, data = run.config, run.config.data
-    pairs = replace(data, frames=frames or data.frames).semantic_frames
-    grid = run.config.encoder.grid(pairs, data.semantic_height, data.semantic_width)
+    config = run.config
+    grid = config.plan_grid(frames)
     noise = draw_noise(seeds, (config.compressor.channels, *grid), run.device)
     text = run.text.encode(prompts).to(run.device)
     velocity = guided(run.planner, text, options.get("guidance", config.sample.guidance))
     steps = options.get("steps", config.sample.steps)
     plan = euler(velocity, noise, steps, config.stages.semantic.shift)
-    return run.painter["compressor"].denormalise(plan)
+    return run.compressor.denormalise(plan)
 
 
 @torch.no_grad()
@@ -107,20 +106,21 @@ def paint_latents(
     plans None: the base model, which knows no plans. options: steps, latent_guidance,
     context_guidance (base: base_guidance); by default the run's.
     """
-    config, data = run.config, run.config.data
+    config = run.config
     option = {**vars(config.sample), **options}
-    grid = run.config.vae.grid(frames or data.frames, data.height, data.width)
+    grid = config.latent_grid(frames)
     # Other seeds than the plan's noise has: the two must not be correlated. Torch's CPU generator
     # reads the lower 32 bits of a seed alone, so an offset would have to lie in these.
-    others = [piece_seed(f"paint {seed}") % 2**32 for seed in seeds]
-    noise = draw_noise(others, (run.config.vae.channels, *grid), run.device)
+    others = [text_seed(f"paint {seed}") % 2**32 for seed in seeds]
+    noise = draw_noise(others, (config.vae.channels, *grid), run.device)
     text = run.text.encode(prompts).to(run.device)
     if plans is None:
         velocity = guided(run.base, text, option["base_guidance"])
         shift = config.stages.base.shift
     else:
-        dit = run.painter["dit"]
-        velocity = guided(dit, text, option["latent_guidance"], plans, option["context_guidance"])
+        velocity = guided(
+            run.painter, text, option["latent_guidance"], plans, option["context_guidance"]
+        )
         shift = config.stages.latent.shift
     return euler(velocity, noise, option["steps"], shift)
 
@@ -140,7 +140,7 @@ def decode_pieces(vae: VideoVAE, latents: Tensor) -> Iterator[Tensor]:
 def reference_plans(run: Run, semantic_video: Tensor) -> Tensor:
     """Return the z_sem of real videos (Fig. 4): (B, 3, F, H, W) uint8 at the low rate."""
     features = run.encoder.encode(to_float(semantic_video).to(run.device))
-    return run.painter["compressor"].encode(features)
+    return run.compressor.encode(features)
 
 
 def generate(
@@ -153,7 +153,36 @@ def generate(
 
 def prompt_seed(seed: int, prompt: str) -> int:
     """Return the seed of one sample, a function of the user's seed and of the prompt alone."""
-    return piece_seed(f"{seed} {prompt}") % 2**32
+    return text_seed(f"{seed} {prompt}") % 2**32
+
+
+@torch.no_grad()
+def show_stage(run: Run, stage: str, source):
+    """Write samples/STAGE.png: what a stage does with a few clips.
+
+    source: what the stage draws from, pixels or encoded clips.
+    """
+    indices = range(min(6, len(source)))
+    captions = source.captions(indices)
+    if stage == "vae":
+        shown = source.batch(indices).video
+        video = to_uint8(run.vae.decode(run.vae.encode(to_float(shown).to(run.device))))
+        labels = "real", "through the VAE"
+    else:
+        latents, _ = source.latents(indices)
+        shown = to_uint8(run.vae.decode(latents.to(run.device))).cpu()
+        if stage == "latent":
+            plans = run.compressor.encode(source.features(indices).to(run.device))
+            video = paint(run, captions, indices, plans)
+        elif stage == "semantic":
+            video = generate(run, captions, indices)
+        else:
+            video = paint(run, captions, indices, None)
+        made = {"latent": "painted from its plan", "semantic": "from text", "base": "from text"}
+        labels = "real, through the VAE", made[stage]
+    both = torch.stack([shown, video.cpu()], 1).flatten(0, 1)
+    texts = [f"{label}: {caption}" for caption in captions for label in labels]
+    contact_sheet(both, texts, run.path / "samples" / f"{stage}.png")
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -1,12 +1,20 @@
-"""What each stage minimises: its batches, drawn whole and taken in rows, and its loss.
+"""The stages of training: what each one trains, on what, and by which loss (Fig. 3a and 3b).
 
-A stage's loss is a module that holds what is trained ("vae"; "encoder", "captioner"; "compressor",
-"dit"). `draw` returns the inputs of `forward` for some rows of a batch; all its randomness comes
-from the generator and is drawn for the whole batch, so that rows are the same however a batch is
-cut. `forward` returns the loss, a mean over the rows, and what to log, by sample or as a mean.
+| stage    | network | trains            | learns                               | loss      |
+|----------|---------|-------------------|--------------------------------------|-----------|
+| vae      |         | VAE               | to reconstruct video (toy/vae.py)    | L1, L2, KL |
+| encoder  |         | semantic encoder  | to caption video (toy/encoder.py)    | next word |
+| latent   | painter | compressor, DiT   | latents, given z_sem and text        | flow, KL  |
+| semantic | planner | DiT               | z_sem, given text                    | flow      |
+| base     | base    | DiT               | latents, given text: the control     | flow      |
 
-SemanticGen Sec. 3.2 and 3.3: painter and planner learn by flow matching (Eq. 3), the painter's
-compressor with it and with its KL.
+The painter comes first (Sec. 3.2): its loss teaches the compressor what a plan must hold. Then the
+planner learns the frozen compressor's plans (Sec. 3.3). VAE and encoder are ready-made in the
+paper; only the miniature trains them. What is frozen is computed once, before a stage begins: the
+three DiTs draw their batches from encoded clips (`latents`, `features` and `text` by index).
+
+A learner holds the modules of one stage. `draw` returns the inputs of `forward` for some rows of a
+batch, on the CPU; `forward` returns the loss, a mean over the rows, and what to log.
 """
 
 import math
@@ -15,207 +23,248 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from config import StageConfig
-from data import to_float
+from config import Config, StageConfig
 from flow import flow_loss, path, sample_time
-from plumbing.cache import Cache, Memory
+from model import DiT
 from plumbing.files import UserError
-from run import Run
-from toy.encoder import Captioner
+from plumbing.seeds import Rows
+from semantic import Compressor
+from toy.encoder import EncoderLearner
+from toy.vae import TinyVAE, VAELearner
 
-Logs = dict[str, Tensor]
-
-
-class VAELoss(nn.ModuleDict):
-    """Reconstruction and KL of fresh clips."""
-
-    def __init__(self, run: Run, dataset):
-        super().__init__(run.build("vae"))
-        self.dataset, self.device, data = dataset, run.device, dataset.config
-        self.batch = run.config.stages.vae.batch
-        vae = run.config.vae
-        self.grid = (vae.channels, *vae.grid(data.frames, data.height, data.width))
-        self.tokens = math.prod(self.grid[1:])  # of a clip
-
-    def indices(self, rng: torch.Generator) -> Tensor:
-        """Draw the clips of a batch, (B,), with repetition."""
-        return torch.randint(len(self.dataset), (self.batch,), generator=rng)
-
-    def draw(self, rng: torch.Generator, rows: slice) -> dict[str, Tensor]:
-        indices = self.indices(rng)
-        noise = torch.randn(self.batch, *self.grid, generator=rng)
-        video = to_float(self.dataset.batch(indices[rows].tolist()).video)
-        return {"video": video.to(self.device), "noise": noise[rows].to(self.device)}
-
-    def forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Logs]:
-        return self["vae"].loss(video, noise)
+Logs = dict[str, Tensor]  # each a mean, or a value of each row
+NEEDS = {  # the stages whose weights a stage is trained on; all in the order of training
+    "vae": (),
+    "encoder": (),
+    "latent": ("vae", "encoder"),
+    "semantic": ("vae", "encoder", "latent"),
+    "base": ("vae",),
+}
+USES = {  # what the stages of the DiTs draw of encoded clips
+    "latent": ("latents", "features", "text"),
+    "semantic": ("features", "text"),
+    "base": ("latents", "text"),
+}
+ORDER = tuple(NEEDS)
+RECIPE = ORDER[:4]  # all but the control
 
 
-class CaptionLoss(nn.ModuleDict):
-    """Captions of fresh clips, predicted word by word from the encoder's features."""
+# --- what the DiTs' stages have in common -------------------------------------------------------
 
-    def __init__(self, run: Run, dataset):
-        super().__init__(run.build("encoder"))
-        self["captioner"] = Captioner(run.config.encoder, vocabulary(dataset))
-        self.dataset, self.device, data = dataset, run.device, dataset.config
-        self.batch = run.config.stages.encoder.batch
-        low_rate = (data.semantic_frames, data.semantic_height, data.semantic_width)
-        self.tokens = math.prod(run.config.encoder.grid(*low_rate))
 
-    def indices(self, rng: torch.Generator) -> Tensor:
-        """Draw the clips of a batch, (B,), with repetition."""
-        return torch.randint(len(self.dataset), (self.batch,), generator=rng)
+def flow_matching(
+    dit: nn.Module, data: Tensor, noise: Tensor, t: Tensor, text: Tensor, **conditions
+) -> tuple[Tensor, Logs]:
+    """Return the flow-matching loss (Eq. 3) and its logs, also by quarters of t.
 
-    def draw(self, rng: torch.Generator, rows: slice) -> dict[str, Tensor]:
-        indices = self.indices(rng).tolist()
-        ids = self["captioner"].tokenize(self.dataset.captions(indices))  # (B, words + 1)
-        video = to_float(self.dataset.semantic_video(indices[rows]))
-        words = Captioner.lengths(ids).float().mean()  # to predict, the end with them
+    data, noise: (B, ...); t: (B,); text: (B, L, dim); conditions: further inputs of the DiT.
+    """
+    velocity = dit(path(data, noise, t), t, text, **conditions)
+    by_row = flow_loss(velocity, data, noise)  # (B,)
+    logs = {"flow": by_row.detach()}
+    for quarter in range(4):
+        inside = (t * 4).long().clamp(max=3) == quarter
+        logs[f"flow_t{quarter}"] = logs["flow"].where(inside, torch.nan)
+    return by_row.mean(), logs
+
+
+def draw_flow(rows: Rows, shape: tuple[int, ...], stage: StageConfig) -> dict[str, Tensor]:
+    """Draw the noise (B, *shape) and the time (B,) of flow matching."""
+    noise = rows.normal(*shape)
+    t = rows.draw(lambda rng: sample_time(1, stage.time, stage.shift, rng)[0])
+    return {"noise": noise, "t": t}
+
+
+def draw_text(clips, indices: list[int], rows: Rows, dropout: float) -> Tensor:
+    """Return the captions' tokens (B, L, dim); a dropped caption is the null text, all zeros."""
+    return clips.text(indices) * rows.kept(dropout)[:, None, None]
+
+
+def draw_latents(clips, indices, cut: Callable, rows: Rows, posterior: bool) -> Tensor:
+    """Return VAE latents (B, C, T, h, w): the posterior's mean, or a draw from it."""
+    mean, log_variance = (cut(x) for x in clips.latents(indices))
+    if not posterior:
+        return mean
+    return mean + rows.normal(*mean.shape[1:]) * (0.5 * log_variance).exp()
+
+
+def choose_stretch(config: Config, name: str, rows: Rows) -> tuple[Callable, Tensor]:
+    """Choose the stretch of the clips that a step learns from, 1 / pieces of their length.
+
+    Returns what cuts it out of (B, c, frames, h, w) at either rate, and the second where it starts.
+    A clip is cut where a frame of the plan and one of the latents begin together. Where the two
+    are not equally long (a VAE whose first frame is alone) there is no such place. UserError if
+    `pieces` does not fit.
+    """
+    pieces = getattr(config.stages, name).pieces
+    if pieces == 1:
+        return (lambda x: x), torch.tensor(0.0)
+    plan, latents = config.plan_grid()[0], config.latent_grid()[0]
+    alike = plan * config.latent.rate == latents * config.latent.context_rate
+    places = math.gcd(plan, latents) if alike else 1
+    if places % pieces:
+        raise UserError(
+            f"stages.{name}.pieces={pieces}: plan and latents can be cut together into "
+            f"{places} equal stretches, which do not divide by it"
+        )
+    length = places // pieces
+    first = int(torch.randint(places - length + 1, (), generator=rows.common))
+
+    def cut(x: Tensor) -> Tensor:
+        each = x.shape[2] // places  # frames between two places
+        return x.narrow(2, first * each, length * each)
+
+    return cut, torch.tensor(first / places * config.data.seconds)
+
+
+# --- the three DiTs -----------------------------------------------------------------------------
+
+
+class Painter(nn.ModuleDict):
+    """Stage 2, trained first (Sec. 3.2, Fig. 3a): compressor and DiT learn together.
+
+    Frozen: VAE, semantic encoder, text encoder.
+    """
+
+    def __init__(self, config: Config):
+        compressor = Compressor(config.encoder.dim, config.compressor)
+        super().__init__({"compressor": compressor, "dit": DiT(config.latent)})
+        self.config = config
+        self.tokens = config.latent_tokens() + config.plan_tokens()  # of a clip
+
+    def draw(self, clips, rows: Rows) -> dict[str, Tensor]:
+        stage = self.config.stages.latent
+        indices = rows.indices(len(clips))
+        cut, start = choose_stretch(self.config, "latent", rows)
+        features = cut(clips.features(indices))  # (B, d, S, hs, ws)
+        plan = (self["compressor"].config.channels, *features.shape[2:])
+        latents = draw_latents(clips, indices, cut, rows, stage.posterior)
         return {
-            "video": video.to(self.device),
-            "ids": ids[rows].to(self.device),
-            "words": words.to(self.device),
+            "latents": latents,  # (B, C, T, h, w)
+            "features": features,
+            "text": draw_text(clips, indices, rows, stage.text_dropout),
+            "keep_context": rows.kept(stage.context_dropout),  # dropped apart from the text
+            "plan_noise": rows.normal(*plan),
+            "level": rows.normal(),
+            "perturbation": rows.normal(*plan),
+            "start": start,
+            **draw_flow(rows, latents.shape[1:], stage),
         }
-
-    def forward(self, video: Tensor, ids: Tensor, words: Tensor) -> tuple[Tensor, Logs]:
-        """words: the mean length in the whole batch, for the mean over all its words."""
-        loss, exact = self["captioner"].loss(self["encoder"](video), ids)  # (rows,), (rows,)
-        return loss.mean() / words, {"exact": exact}
-
-
-class DiffusionLoss(nn.ModuleDict):
-    """Flow matching (Eq. 3) of painter, planner or base; with KL where the plans are learned."""
-
-    def __init__(self, run: Run, stage: str, clips: Memory | Cache):
-        super().__init__(run.build(stage))
-        self.stage, self.clips, self.device = stage, clips, run.device
-        self.config: StageConfig = getattr(run.config.stages, stage)
-        # The planner's compressor is the painter's, frozen; it is not among what is trained.
-        self.frozen = (run.painter["compressor"],) if stage == "semantic" else ()
-        dit, data = self["dit"].config, run.config.data
-        low_rate = (data.semantic_frames, data.semantic_height, data.semantic_width)
-        plan = run.config.encoder.grid(*low_rate)
-        latents = run.config.vae.grid(data.frames, data.height, data.width)
-        # A clip can be cut where a frame of the plan and one of the latents begin together: not at
-        # all where they are not as long as each other, as with a VAE whose first frame is alone.
-        alike = plan[0] * run.config.latent.rate == latents[0] * run.config.latent.context_rate
-        self.cuts = math.gcd(plan[0], latents[0]) if alike else 1
-        self.seconds, pieces = data.seconds, self.config.pieces
-        if self.cuts % pieces:
-            raise UserError(
-                f"stages.{stage}.pieces={pieces}: plan and latents can be cut together into "
-                f"{self.cuts} equal stretches, which do not divide by it"
-            )
-        planned, painted = math.prod(plan), math.prod(latents) // dit.patch**2
-        tokens = {"latent": painted + planned, "semantic": planned, "base": painted}[stage]
-        self.tokens = tokens // pieces  # of a clip
-
-    @property
-    def compressor(self) -> nn.Module:
-        return self.frozen[0] if self.frozen else self["compressor"]
-
-    def indices(self, rng: torch.Generator) -> Tensor:
-        """Draw the clips of a batch, (B,), with repetition."""
-        return torch.randint(len(self.clips), (self.config.batch,), generator=rng)
-
-    def stretch(self, rng: torch.Generator) -> tuple[Callable[[Tensor], Tensor], float]:
-        """Choose the stretch of the clips that this step learns from: 1 / pieces of their length.
-
-        Returns what cuts it out of (B, c, frames, h, w) at either rate, and the second it starts.
-        """
-        if self.config.pieces == 1:
-            return (lambda x: x), 0.0
-        long = self.cuts // self.config.pieces
-        first = int(torch.randint(self.cuts - long + 1, (1,), generator=rng))
-
-        def cut(x: Tensor) -> Tensor:
-            each = x.shape[2] // self.cuts  # frames between two places to cut
-            return x.narrow(2, first * each, long * each)
-
-        return cut, first / self.cuts * self.seconds
-
-    def draw(self, rng: torch.Generator, rows: slice) -> dict[str, Tensor]:
-        config = self.config
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=rng)[rows].to(self.device)
-
-        def keep(dropout: float) -> Tensor:
-            return (torch.rand(config.batch, generator=rng) >= dropout)[rows].to(self.device)
-
-        indices = self.indices(rng)[rows]
-        cut, start = self.stretch(rng)
-        inputs = {
-            "start": torch.tensor(start, device=self.device),
-            "text": self.clips.text(indices).to(self.device)
-            * keep(config.text_dropout)[:, None, None],
-        }
-        if self.stage != "base":
-            inputs["features"] = cut(self.clips.features(indices)).to(self.device)
-            plan = (config.batch, self.compressor.config.channels, *inputs["features"].shape[2:])
-            inputs["plan_noise"] = normal(*plan)
-        if self.stage == "latent":
-            inputs["level"], inputs["perturbation"] = normal(config.batch), normal(*plan)
-            inputs["keep_context"] = keep(config.context_dropout)
-        shape = plan if self.stage == "semantic" else None
-        if self.stage != "semantic":
-            mean, log_variance = (cut(x).to(self.device) for x in self.clips.latents(indices))
-            shape = (config.batch, *mean.shape[1:])
-            inputs["latents"] = mean
-            if config.posterior:
-                inputs["latents"] = mean + normal(*shape) * (0.5 * log_variance).exp()
-        inputs["noise"] = normal(*shape)
-        inputs["t"] = sample_time(config.batch, config.time, config.shift, rng)[rows]
-        inputs["t"] = inputs["t"].to(self.device)
-        return inputs
 
     def forward(
         self,
+        latents: Tensor,
+        features: Tensor,
         text: Tensor,
+        keep_context: Tensor,
+        plan_noise: Tensor,
+        level: Tensor,
+        perturbation: Tensor,
+        start: Tensor,
         noise: Tensor,
         t: Tensor,
-        latents: Tensor | None = None,
-        features: Tensor | None = None,
-        plan_noise: Tensor | None = None,
-        level: Tensor | None = None,
-        perturbation: Tensor | None = None,
-        keep_context: Tensor | None = None,
-        start: Tensor | float = 0.0,
     ) -> tuple[Tensor, Logs]:
-        """Rows of: text (B, L, dim); latents (B, C, T, h, w); features (B, d, S, hs, ws); the rest
-        is noise like what it is for, t (B,) and keep_context (B,) bool; start: seconds, ()."""
-        data, conditions = latents, {}
-        if features is not None:
-            z_sem, kl = self.compressor(features, plan_noise)
-        if self.stage == "semantic":
-            data = self.compressor.normalise(z_sem)
-        if self.stage == "latent":
-            context = self.compressor.perturb(z_sem, level, perturbation)
-            conditions = {"context": context, "keep_context": keep_context}
-        velocity = self["dit"](path(data, noise, t), t, text, start=start, **conditions)
-        by_sample = flow_loss(velocity, data, noise)  # (rows,)
-        logs = {"flow": by_sample.detach()}
-        for i in range(4):  # the loss by quarters of t
-            inside = (t * 4).long().clamp(max=3) == i
-            logs[f"flow_t{i}"] = logs["flow"].where(inside, torch.nan)
-        if self.stage != "latent":
-            return by_sample.mean(), logs
+        compressor = self["compressor"]
+        z_sem, kl = compressor(features, plan_noise)  # (B, K, S, hs, ws), (K,)
+        context = compressor.perturb(z_sem, level, perturbation)  # as imperfect as stage 1's
+        conditions = {"context": context, "keep_context": keep_context, "start": start}
+        loss, logs = flow_matching(self["dit"], latents, noise, t, text, **conditions)
         logs |= {"kl": kl.detach().sum(), "active_channels": (kl.detach() > 0.1).sum()}
-        return by_sample.mean() + self.compressor.config.kl_weight * kl.sum(), logs
+        return loss + compressor.config.kl_weight * kl.sum(), logs
 
 
-def stage_loss(run: Run, stage: str, dataset, clips: Memory | Cache | None) -> nn.ModuleDict:
-    """Return a stage's loss around freshly initialised modules, on the run's device."""
-    if stage == "vae":
-        losses = VAELoss(run, dataset)
-    elif stage == "encoder":
-        losses = CaptionLoss(run, dataset)
-    else:
-        losses = DiffusionLoss(run, stage, clips)
-    return losses.to(run.device).train()
+class Planner(nn.ModuleDict):
+    """Stage 1, trained second (Sec. 3.3, Fig. 3b): a DiT learns the frozen compressor's plans."""
+
+    def __init__(self, config: Config, compressor: Compressor):
+        super().__init__({"dit": DiT(config.semantic)})
+        self.config = config
+        self.frozen = (compressor,)  # in a tuple: not among what is trained
+        self.tokens = config.plan_tokens()
+
+    def draw(self, clips, rows: Rows) -> dict[str, Tensor]:
+        stage = self.config.stages.semantic
+        indices = rows.indices(len(clips))
+        cut, start = choose_stretch(self.config, "semantic", rows)
+        features = cut(clips.features(indices))
+        plan = (self.config.compressor.channels, *features.shape[2:])
+        return {
+            "features": features,
+            "text": draw_text(clips, indices, rows, stage.text_dropout),
+            "plan_noise": rows.normal(*plan),
+            "start": start,
+            **draw_flow(rows, plan, stage),
+        }
+
+    def forward(
+        self,
+        features: Tensor,
+        text: Tensor,
+        plan_noise: Tensor,
+        start: Tensor,
+        noise: Tensor,
+        t: Tensor,
+    ) -> tuple[Tensor, Logs]:
+        (compressor,) = self.frozen
+        z_sem, _ = compressor(features, plan_noise)
+        plan = compressor.normalise(z_sem)  # zero mean, unit variance
+        return flow_matching(self["dit"], plan, noise, t, text, start=start)
 
 
-def vocabulary(dataset) -> list[str]:
-    """Return the words of a dataset's captions, sorted."""
-    captions = dataset.captions(range(min(4096, len(dataset))))
-    return sorted({word for caption in captions for word in caption.lower().split()})
+class Base(nn.ModuleDict):
+    """The control (Table 2, Base-CT): the painter's network without any plan, from text alone."""
+
+    def __init__(self, config: Config):
+        super().__init__({"dit": DiT(config.base)})
+        self.config = config
+        self.tokens = config.latent_tokens()
+
+    def draw(self, clips, rows: Rows) -> dict[str, Tensor]:
+        stage = self.config.stages.base
+        indices = rows.indices(len(clips))
+        cut, start = choose_stretch(self.config, "base", rows)
+        latents = draw_latents(clips, indices, cut, rows, stage.posterior)
+        return {
+            "latents": latents,
+            "text": draw_text(clips, indices, rows, stage.text_dropout),
+            "start": start,
+            **draw_flow(rows, latents.shape[1:], stage),
+        }
+
+    def forward(
+        self, latents: Tensor, text: Tensor, start: Tensor, noise: Tensor, t: Tensor
+    ) -> tuple[Tensor, Logs]:
+        return flow_matching(self["dit"], latents, noise, t, text, start=start)
+
+
+def learner(config: Config, stage: str, captions=(), compressor: nn.Module | None = None):
+    """Return the learner of a stage, freshly initialised.
+
+    captions: some of the dataset's, whose words the encoder's captioner learns. compressor: the
+    painter's, frozen, whose plans the planner learns.
+    """
+    return {
+        "vae": lambda: VAELearner(config.vae, config.data.size),
+        "encoder": lambda: EncoderLearner(config.encoder, config.data.semantic_size, captions),
+        "latent": lambda: Painter(config),
+        "semantic": lambda: Planner(config, compressor),
+        "base": lambda: Base(config),
+    }[stage]()
+
+
+def measured(config: Config, stage: str, weights: dict[str, Tensor], data: Tensor):
+    """Return a stage's weights with statistics of what they make of data: later stages normalise.
+
+    weights: whole tensors by name. Of the VAE: data is video (B, 3, F, H, W), and the statistics
+    are its latents'. Of the painter: data is features (B, d, S, hs, ws), and they are z_sem's.
+    """
+    with torch.device("meta"):  # the weights are taken as they are
+        if stage == "vae":
+            name, module = "vae", TinyVAE(config.vae)
+        else:
+            name, module = "compressor", Compressor(config.encoder.dim, config.compressor)
+    prefix = f"{name}."
+    own = {n.removeprefix(prefix): x.clone() for n, x in weights.items() if n.startswith(prefix)}
+    module.load_state_dict(own, assign=True)
+    module.set_statistics(data)
+    return {**weights, **{prefix + n: x.detach() for n, x in module.state_dict().items()}}

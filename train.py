@@ -6,42 +6,43 @@
     python train.py --stage all --tiny --data FOLDER     # your own videos
     python train.py --stage latent --data FOLDER --qwen WEIGHTS --vae WEIGHTS --text WEIGHTS
 
-SemanticGen trains the painter first (stage `latent`, Sec. 3.2): it teaches the compressor what a
-plan must hold. Then the planner (stage `semantic`, Sec. 3.3), on the frozen compressor's plans.
-Before both, in miniature, what the paper takes ready-made: the VAE (`vae`) and the semantic encoder
-(`encoder`, by predicting captions). `base` is the control: the painter's network without any plan.
+SemanticGen trains the painter first (stage `latent`, Sec. 3.2), then the planner (`semantic`, Sec.
+3.3). What each stage trains, and by which loss, is in stages.py; here is the loop, one for all.
 
-Everything random at a step is drawn from one generator seeded by (seed, stage, step), so a run that
-goes on equals one that never stopped, and the step is all there is to remember.
+Everything random at a step is drawn from generators seeded by (seed, stage, step, row), so a run
+that goes on equals one that never stopped, and the step is all there is to remember.
 """
 
 import argparse
 import math
-import signal
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache as kept
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-import sample
-from config import PRESETS, STAGES, Config, StageConfig, override, preset
-from data import Folder, to_float, to_uint8
+from config import PRESETS, Config, StageConfig, override, preset
+from data import Folder, to_float
+from optim import build_optimizers, ema_decay, lr_factor, update_ema
+from parts import FLAGS, add_part_flags, check_weights_named, parts_from_flags
 from plumbing.cache import Cache, Memory
-from plumbing.device import computing, matmul_speed
+from plumbing.device import computing, matmul_speed, moved, pinned, prepared_ahead
 from plumbing.files import UserError, check_target, command, require
-from plumbing.metrics import Metrics
-from plumbing.processes import Team, get_state, local, set_state, shared_like, whole
-from plumbing.seeds import piece_seed
-from plumbing.sheet import contact_sheet
+from plumbing.folder import locked
+from plumbing.metrics import Reporter
+from plumbing.processes import Interrupt, Team, whole
+from plumbing.progress import Progress
+from plumbing.seeds import text_seed
 from prepare import cache_parts, check_cache, clips_in_memory, clips_on_disk
-from run import FLAGS, Run, add_part_flags, check_weights_named, parts_from_flags
-from stages import stage_loss
+from run import HELD, Run
+from sample import show_stage
+from semantic import Compressor
+from stages import ORDER, RECIPE, USES, learner, measured
 from swin import fitting_window
 from toy.world import World
 
@@ -51,29 +52,189 @@ MEASURE_EVERY = 50  # steps between measurements of z_sem's deviation, which the
 PATIENCE = 5  # steps in a row that may be skipped for a loss or gradient that is not finite
 
 
-def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
-    """Return the source of all that is random at one step of one stage."""
-    return torch.Generator().manual_seed(piece_seed(f"{seed} {stage} {step}") % 2**63)
+# --- the start of a stage -----------------------------------------------------------------------
 
 
-def encoded(
-    run: Run, dataset: World | Folder | Cache, clips: int, team: Team | None = None
-) -> Memory | Cache:
-    """Return the clips as the frozen parts encode them: computed once, not again in each step.
-
-    A folder's go to a cache in the run's own folder first; of the world the first `clips` are used.
-    """
+def data_note(dataset: World | Folder | Cache) -> dict[str, str]:
+    """Return what tells one dataset from another: a name, and a digest of its list of videos."""
     if isinstance(dataset, World):
-        return clips_in_memory(run, dataset).first(min(clips, len(dataset)))
-    if isinstance(dataset, Folder):
-        dataset = clips_on_disk(run, dataset.path, run.path / "cache", team or Team())
-    check_cache(dataset, run)
-    return dataset
+        return {"name": "the synthetic world", "listing": ""}
+    return {"name": str(dataset.path.resolve()), "listing": dataset.listing}
+
+
+def check_origin(run: Run, stage: str, data: dict[str, str], state: dict | None):
+    """Raise UserError if a stage that was begun cannot go on as the command says.
+
+    It cannot with other weights than it was begun on, with other data, or without its state.
+    """
+    run.check_chain(stage)
+    run.check_chain(stage, (state or {}).get("made_of", {}))
+    for old in (run.note(stage).get("data"), (state or {}).get("data")):
+        if old and old["name"] != data["name"] and old["listing"] != (data["listing"] or None):
+            raise UserError(
+                f"{run.path}: {stage} learned from {old['name']}, not from {data['name']}: give "
+                "the same --data, another --out, or --fresh to start over"
+            )
+    steps = getattr(run.config.stages, stage).steps
+    if state is None and run.has(stage) and run.steps_of(stage) < steps:
+        raise UserError(
+            f"{run.path}: {stage} has weights of {run.steps_of(stage)} steps but no training state "
+            f"to go on from to {steps}: --fresh starts over"
+        )
+
+
+def begin(
+    run: Run, stage: str, source, data: dict, seed: int, state: dict | None, team: Team
+) -> Progress:
+    """Return a stage where its state left it, or at its first step, set up as its fields say."""
+    config: StageConfig = getattr(run.config.stages, stage)
+    torch.manual_seed(text_seed(f"{seed} {stage}") % 2**63)  # initial weights
+    captions = source.captions(range(min(4096, len(source)))) if stage == "encoder" else ()
+    compressor = run.compressor if stage == "semantic" else None
+    modules = learner(run.config, stage, captions, compressor).to(run.device).train()
+    if stage == "latent":
+        modules["compressor"].set_feature_statistics(some_features(run, source, 2**15))
+    set_up(modules, config)
+    wrapped = team.wrap(modules, run.device)
+    known = {"optimizers": build_optimizers(modules, config), "seed": seed, "of": config.steps}
+    known |= {"clips": len(source), "data": data, "made_of": run.made_of(stage)}
+    progress = Progress(stage, modules, wrapped, **known)
+    if state:
+        progress.load(run.state_file(stage), state)
+        tell_new_schedule(progress, config, state.get("of", config.steps), team)
+    return progress
+
+
+def tell_new_schedule(progress: Progress, config: StageConfig, of: int, team: Team):
+    """Say what becomes of the learning rate if a stage was to have another number of steps."""
+    if of != config.steps and progress.step:
+        before = lr_factor(progress.step - 1, replace(config, steps=of))
+        now = lr_factor(progress.step, config)
+        team.say(
+            f"{progress.stage}: it was to have {of} steps, now {config.steps}: the learning rate "
+            f"goes from {before:.0%} of its peak to {now:.0%}, and down from there"
+        )
+
+
+def set_up(modules: nn.ModuleDict, config: StageConfig):
+    """Compile what is expensive and switch on recomputation, as the stage's fields ask."""
+    networks = [modules[name] for name in ("dit", "encoder") if name in modules]
+    if "vae" in modules:
+        networks = [modules["vae"].encoder, modules["vae"].decoder]
+    for network in networks:
+        if config.checkpoint and hasattr(network, "checkpoint"):
+            network.checkpoint = True
+        if config.compile:
+            network.compile()
+
+
+def some_features(run: Run, clips, tokens: int) -> Tensor:
+    """Return features of about so many tokens, (clips, d, S, hs, ws): enough for statistics."""
+    enough = max(1, tokens // run.config.plan_tokens())
+    return clips.features(range(min(len(clips), enough))).to(run.device)
+
+
+def count_flops(run: Run, progress: Progress, source, rows: Sequence[range]) -> float:
+    """Return this process's floating-point operations in one step, forward and backward.
+
+    Of matrix products, attention and convolutions, counted on a twin without data; recomputation
+    is not counted.
+    """
+    config, captions = run.config, source.captions([0])
+    with torch.device("meta"):
+        compressor = Compressor(config.encoder.dim, config.compressor)
+        twin = learner(config, progress.stage, captions, compressor)
+    inputs = progress.modules.draw(source, progress.rows(rows[0], 0))
+    with FlopCounterMode(display=False) as counter:
+        twin(**moved(inputs, torch.device("meta")))[0].backward()
+    return counter.get_total_flops() * len(rows)
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+def train_stage(run: Run, stage: str, dataset, clips: Callable, seed: int, team: Team, board=None):
+    """Train one stage to the end of its steps, from its saved state if there is one.
+
+    dataset: clips of pixels; clips(): the same, encoded, made when first asked for.
+    """
+    config: StageConfig = getattr(run.config.stages, stage)
+    data, state = data_note(dataset), run.load_state(stage)
+    check_origin(run, stage, data, state)
+    if run.finished(stage) and run.steps_of(stage) >= config.steps:
+        team.say(f"{stage}: already trained for {run.steps_of(stage)} steps")
+        return
+    source = source_of(stage, config, dataset, clips)
+    progress = begin(run, stage, source, data, seed, state, team)
+    rows = team.rows(config.batch, config.accumulate)
+    team.say(described(run, progress, config, team))
+    reporter = Reporter(progress, run.path, team, amounts(run, progress, source, rows), board)
+    with Interrupt() as interrupt, reporter.bar:
+        for batch in batches(run, progress, source, rows):
+            if stage == "latent" and progress.step % MEASURE_EVERY == 0:
+                measure_plans(run, progress, source)
+            progress.pending.append(one_step(run, progress, batch, team))
+            progress.step += 1
+            rate = {"lr": lr_factor(progress.step - 1, config)}
+            warn_if_dead(reporter, reporter.after_step(rate, LOG_EVERY), config)
+            done, stop = progress.step == config.steps, team.any(interrupt.wanted)
+            shown = config.preview_every and progress.step % config.preview_every == 0
+            if progress.step % SAVE_EVERY == 0 or stop or done or shown:
+                progress.save(run.state_file(stage), team)  # before the weights, which may end it
+            if stop:
+                reporter.bar.write(
+                    f"stopped; saved {run.state_file(stage)}: the same command goes on from it"
+                )
+                sys.exit(130)
+            if shown and not done:
+                write_ema(run, progress, source, team)
+                preview(run, stage, source, team)
+    write_ema(run, progress, source, team)
+    preview(run, stage, source, team)
+    reporter.finish()
+
+
+def amounts(run: Run, progress: Progress, source, rows: Sequence[range]) -> dict[str, float]:
+    """Return what a step does, by the name of its rate: clips, tokens, share of the peak."""
+    config: StageConfig = getattr(run.config.stages, progress.stage)
+    tokens = config.batch * progress.modules.tokens // config.pieces
+    flops = count_flops(run, progress, source, rows)
+    peak = matmul_speed(run.device, run.config.dtype)
+    return {"clips_s": config.batch, "tokens_s": tokens, "mfu": flops / peak}
+
+
+def described(run: Run, progress: Progress, config: StageConfig, team: Team) -> str:
+    """Tell in one line what is about to be trained."""
+    millions = sum(p.numel() for p in progress.parameters) / 1e6
+    return (
+        f"{progress.stage}: {millions:.2f} M parameters, steps {progress.step} to {config.steps} "
+        f"of {config.batch} clips, {run.config.dtype} on {team.size} x {run.device.type}"
+    )
+
+
+def warn_if_dead(reporter: Reporter, line: dict, config: StageConfig):
+    """Say loudly that no channel of the plan carries anything any more."""
+    if line.get("active_channels") == 0 and line["step"] > config.warmup:
+        reporter.bar.write(
+            f"warning: step {line['step']}: the plan has died (KL is 0); lower kl_weight"
+        )
+
+
+def source_of(stage: str, config: StageConfig, dataset: World | Folder | Cache, clips: Callable):
+    """Return what a stage draws its batches from: pixels, or encoded clips."""
+    if stage in USES:
+        found = clips()
+        return found.first(config.clips, USES[stage]) if isinstance(found, Memory) else found
+    if isinstance(dataset, Cache):
+        raise UserError(f"{dataset.path} has no pixels: train {stage} on the folder of videos")
+    return shorter(dataset, config.pieces)
 
 
 def shorter(dataset: World | Folder, pieces: int) -> World | Folder:
     """Return the same world, or folder, in clips of a part of the length."""
     data = dataset.config
+    if pieces == 1:
+        return dataset
     if data.frames % pieces:
         raise UserError(f"pieces={pieces}: clips of {data.frames} frames do not divide by it")
     data = replace(data, frames=data.frames // pieces, events=max(1, data.events // pieces))
@@ -82,436 +243,150 @@ def shorter(dataset: World | Folder, pieces: int) -> World | Folder:
     return type(dataset)(data, dataset.split)
 
 
-# --- optimisation --------------------------------------------------------------------------------
+def batches(run: Run, progress: Progress, source, rows: Sequence[range]):
+    """Yield the batch of each step, from the next one on: the inputs of each of its micro-batches.
 
+    A thread prepares the next batch while the device computes.
+    """
 
-def build_optimizers(modules: nn.Module, config: StageConfig) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices inside blocks and AdamW for the rest, or AdamW for all."""
-    named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
-    muon = [p for name, p in named if ".blocks." in name and p.ndim == 2]
-    if config.optimizer == "adamw":
-        muon = []
-    elif config.optimizer != "muon":
-        raise UserError(f"optimizer={config.optimizer}: choose muon or adamw")
-    chosen = {id(p) for p in muon}
-    rest = [p for _, p in named if id(p) not in chosen]
-    optimizers = [
-        torch.optim.AdamW(
-            rest, config.lr, (0.9, 0.99), weight_decay=config.weight_decay, fused=True
-        )
-    ]
-    if muon:
-        optimizers.append(
-            torch.optim.Muon(
-                muon, config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="original"
-            )
-        )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
+    def prepare(step: int) -> list[dict[str, Tensor]]:
+        draws = (progress.modules.draw(source, progress.rows(part, step)) for part in rows)
+        return [pinned(inputs, run.device) for inputs in draws]
 
-
-def lr_factor(step: int, config: StageConfig) -> float:
-    """Return the learning rate at a step over its peak: linear warm-up, then cosine down."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
-
-
-def ema_decay(step: int, config: StageConfig) -> float:
-    """Return the EMA's decay after a step: shorter at first, so that the start is forgotten."""
-    return min(config.ema, (1 + step) / (10 + step))
-
-
-class Interrupt:
-    """While open, Ctrl-C and SIGTERM do not stop the program but set `wanted`, to save first."""
-
-    def __enter__(self):
-        self.wanted = False
-        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number, frame):
-        if self.wanted:
-            raise KeyboardInterrupt  # asked twice
-        self.wanted = True
-
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-
-class Progress:
-    """Where a stage is, and what it has by then: all that a training state holds."""
-
-    def __init__(self, run: Run, stage: str, losses: nn.Module, seed: int):
-        self.run, self.stage, self.losses, self.seed = run, stage, losses, seed
-        self.config: StageConfig = getattr(run.config.stages, stage)
-        self.ema = {name: x.detach().clone() for name, x in losses.state_dict().items()}
-        self.optimizers = build_optimizers(losses, self.config)
-        self.step = self.bad = 0  # steps done; of these the last so many were skipped
-        self.seconds = 0.0  # of training, over all sittings
-        self.pending: list[dict] = []  # logs of steps that have no line in metrics.jsonl yet
-
-    def save(self, team: Team):
-        """Write a state; the old one stays until the new one is complete."""
-        state = get_state(self.losses, self.optimizers)
-        state["ema"] = {name: whole(x).cpu() for name, x in self.ema.items()}
-        for name in ("step", "bad", "seconds", "seed", "pending"):
-            state[name] = getattr(self, name)
-        if team.first:
-            self.run.save_state(self.stage, state)
-
-    def load(self, state: dict):
-        """Go on from a saved state; UserError if it does not fit."""
-        try:
-            began_with = state["seed"]
-            self.step, self.bad = int(state["step"]), int(state["bad"])
-            self.seconds, self.pending = float(state["seconds"]), list(state["pending"])
-            if not 0 <= self.bad <= self.step or not 0 <= self.seconds < math.inf:
-                raise ValueError(f"step {self.step}, {self.bad} skipped, {self.seconds} s")
-            if not all(isinstance(x, float) for logs in self.pending for x in logs.values()):
-                raise ValueError("its logs are no numbers")
-            if state["modules"].keys() != self.ema.keys() or not state["optimizers"]["state"]:
-                raise ValueError("it has other weights")
-            set_state(self.losses, self.optimizers, state)
-            for name, x in self.ema.items():
-                if state["ema"][name].shape != x.shape:
-                    raise ValueError(f"its {name} has another shape")
-                local(x).copy_(local(shared_like(state["ema"][name], x)))
-        except (
-            LookupError,
-            RuntimeError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            AssertionError,
-        ) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
-            raise UserError(
-                f"{self.run.state_file(self.stage)} does not fit this run ({reason}): "
-                "--fresh starts over"
-            ) from None
-        if began_with != self.seed:
-            raise UserError(
-                f"{self.run.path} was begun with --seed {began_with}: give it, or --fresh"
-            )
-
-
-# --- the loop ------------------------------------------------------------------------------------
-
-
-def train_stage(run: Run, stage: str, dataset, seed: int, team: Team | None = None):
-    """Train one stage to the end of its steps, from its saved state if there is one."""
-    config: StageConfig = getattr(run.config.stages, stage)
-    team = team or Team()
-    if run.has(stage) and run.steps_of(stage) >= config.steps:
-        if team.first:
-            print(f"{stage}: already trained for {run.steps_of(stage)} steps")
-        return
-    rows = team.rows(config.batch, config.accumulate)
-    state = run.load_state(stage)  # what cannot be read is refused before anything is computed
-    clips = None
-    if stage not in ("vae", "encoder"):
-        clips = encoded(run, dataset, config.clips, team)
-    elif config.pieces > 1:
-        dataset = shorter(dataset, config.pieces)
-    torch.manual_seed(piece_seed(f"{seed} {stage}") % 2**63)  # initial weights
-    losses = stage_loss(run, stage, dataset, clips)
-    if stage == "latent":
-        features = clips.features(range(enough(clips, 2**15)))
-        losses["compressor"].set_feature_statistics(features.to(run.device))
-    flops = count_flops(run, losses, step_generator(seed, stage, 0), rows)
-    prepare(losses, config)
-    wrapped = team.wrap(losses, run.device)
-    progress = Progress(run, stage, losses, seed)
-    if state:
-        progress.load(state)
-    parameters = [p for p in losses.parameters() if p.requires_grad]
-    if team.first:
-        print(
-            f"{stage}: {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, steps "
-            f"{progress.step} to {config.steps} of {config.batch} clips, {run.config.dtype} on "
-            f"{team.size} x {run.device.type}"
-        )
-    metrics = None
-    if team.first:
-        metrics = Metrics(run, stage, progress.step, progress.pending)
-    peak = matmul_speed(run.device, run.config.dtype)
-    speed = {"clips_s": config.batch, "tokens_s": config.batch * losses.tokens, "mfu": flops / peak}
-
-    bar = tqdm(
-        total=config.steps,
-        initial=progress.step,
-        desc=stage,
-        unit="step",
-        dynamic_ncols=True,
-        disable=not team.first,
-    )
-    lap = time.perf_counter()  # the last time that was counted, and the steps since
-    with Interrupt() as interrupt, bar:
-        while progress.step < config.steps:
-            start = time.perf_counter()
-            if stage == "latent" and progress.step % MEASURE_EVERY == 0:
-                measure_plans(run, losses, features)
-            values = one_step(progress, wrapped, parameters, rows, team)
-            progress.step += 1
-            progress.seconds += time.perf_counter() - start
-            progress.pending.append(values)
-            last = progress.step == config.steps
-            if progress.step % LOG_EVERY == 0 or last:
-                if team.first:
-                    each = (time.perf_counter() - lap) / len(progress.pending)
-                    line = metrics.write(
-                        progress.step,
-                        {"lr": lr_factor(progress.step - 1, config)},
-                        {"seconds": progress.seconds} | {k: v / each for k, v in speed.items()},
-                    )
-                    bar.set_postfix(
-                        loss=f"{line.get('loss', math.nan):.4f}", clips_s=f"{line['clips_s']:.0f}"
-                    )
-                    if line.get("active_channels") == 0 and progress.step > config.warmup:
-                        bar.write(
-                            f"warning: step {progress.step}: the plan has died (KL is 0); lower "
-                            "kl_weight"
-                        )
-                progress.pending.clear()
-                lap = time.perf_counter()
-            bar.update()
-            stop = team.any(interrupt.wanted)
-            if progress.step % SAVE_EVERY == 0 or stop:
-                progress.save(team)
-            if stop:
-                bar.write(
-                    f"stopped; saved {run.state_file(stage)}: the same command goes on from it"
-                )
-                sys.exit(130)
-            if config.preview_every and progress.step % config.preview_every == 0 and not last:
-                finish(progress, dataset, clips, team)
-    progress.save(team)  # before the weights: once they are there, the stage is done
-    finish(progress, dataset, clips, team)
-    if team.first:
-        metrics.plot()
-    team.wait()
+    yield from prepared_ahead(prepare, range(progress.step, progress.of))
 
 
 def one_step(
-    progress: Progress,
-    wrapped: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    rows: Sequence[slice],
-    team: Team,
+    run: Run, progress: Progress, batch: list[dict[str, Tensor]], team: Team
 ) -> dict[str, float]:
     """Take one optimizer step and return its logs; skip it if it would not be finite.
 
     UserError after PATIENCE skipped ones in a row.
     """
-    run, config, losses = progress.run, progress.config, progress.losses
+    config: StageConfig = getattr(run.config.stages, progress.stage)
     logs: dict[str, list[Tensor]] = {}
-    seen = []  # the times of the batch, for the message if it cannot be used
-    for k, piece in enumerate(rows):
-        inputs = losses.draw(step_generator(progress.seed, progress.stage, progress.step), piece)
-        seen += inputs["t"].tolist() if "t" in inputs else []
-        team.sync(wrapped, k == len(rows) - 1)
+    for k, inputs in enumerate(batch):
+        team.sync(progress.wrapped, k == len(batch) - 1)
         with computing(run.device, run.config.dtype):
-            loss, found = wrapped(**inputs)
-        (loss / len(rows)).backward()
+            loss, found = progress.wrapped(**moved(inputs, run.device))
+        (loss / len(batch)).backward()
         for name, x in {"loss": loss.detach(), **found}.items():
             logs.setdefault(name, []).append(x.float().flatten())
-    norm = whole(nn.utils.clip_grad_norm_(parameters, config.grad_clip))
-    values = team.mean({name: torch.cat(x) for name, x in logs.items()})
-    values["grad_norm"] = float(norm)
-    factor = lr_factor(progress.step, config)
+    norm = whole(nn.utils.clip_grad_norm_(progress.parameters, config.grad_clip))
+    logs["grad_norm"] = [norm.detach().float().flatten()]
+    values = team.mean({name: torch.cat(x) for name, x in logs.items()})  # waits for the device
     good = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+    factor = lr_factor(progress.step, config)
     for optimizer in progress.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         if good:
             optimizer.step()
         optimizer.zero_grad()
-    if good:
-        progress.bad = 0
-        update_ema(progress.ema, losses, ema_decay(progress.step, config))
-        return values
+    if not good:
+        return skipped(progress, batch, values)
+    progress.bad = 0
+    update_ema(progress.ema, progress.modules, ema_decay(progress.step, config))
+    return values
+
+
+def skipped(progress: Progress, batch: list[dict[str, Tensor]], values: dict) -> dict[str, float]:
+    """Count a step that was skipped; UserError, saying where, after PATIENCE of them in a row."""
     progress.bad += 1
-    if progress.bad >= PATIENCE:
-        rng = step_generator(progress.seed, progress.stage, progress.step)
-        indices = losses.indices(rng).tolist()
-        at = f"; t from {min(seen):.3f} to {max(seen):.3f}" if seen else ""
-        raise UserError(
-            f"{progress.stage}: loss {values['loss']} and gradient {values['grad_norm']} in "
-            f"{progress.bad} steps in a row, the last at step {progress.step + 1}{at}; clips "
-            f"{indices[:8]} ...; lower lr or muon_lr, the last saved state is intact"
-        )
-    return {"skipped": 1.0}
+    if progress.bad < PATIENCE:
+        return {"skipped": 1.0}
+    indices = progress.rows(range(8), progress.step).indices(progress.clips)
+    times = [t for inputs in batch for t in inputs.get("t", torch.empty(0)).tolist()]
+    at = f"; t from {min(times):.3f} to {max(times):.3f}" if times else ""
+    raise UserError(
+        f"{progress.stage}: loss {values['loss']} and gradient {values['grad_norm']} in "
+        f"{progress.bad} steps in a row, the last at step {progress.step + 1}{at}; clips "
+        f"{indices} ...; lower lr or muon_lr, the last saved state is intact"
+    )
 
 
-def measure_plans(run: Run, losses: nn.ModuleDict, features: Tensor):
+def measure_plans(run: Run, progress: Progress, source):
     """Give the compressor the statistics of the z_sem that it makes at this moment of training.
 
     On the same features in every process, so that they do not depend on how a batch is shared.
     """
-    weights = {name: whole(x) for name, x in losses["compressor"].state_dict().items()}
-    with torch.random.fork_rng():
-        copy = run.build("latent")["compressor"].to(run.device)
-    copy.load_state_dict(weights)
-    copy.set_statistics(features.to(run.device))
-    for name, statistic in losses["compressor"].named_buffers():
-        statistic.copy_(copy.get_buffer(name))
+    compressor = progress.modules["compressor"]
+    weights = {f"compressor.{name}": whole(x) for name, x in compressor.state_dict().items()}
+    found = measured(run.config, progress.stage, weights, some_features(run, source, 2**15))
+    for name, statistic in compressor.named_buffers():
+        statistic.copy_(found[f"compressor.{name}"])
 
 
-def prepare(losses: nn.ModuleDict, config: StageConfig):
-    """Compile what is expensive and switch on recomputation, as the stage's configuration asks."""
-    networks = [losses[name] for name in ("dit", "encoder") if name in losses]
-    if "vae" in losses:
-        networks = [losses["vae"].encoder, losses["vae"].decoder]
-    for network in networks:
-        if config.checkpoint and hasattr(network, "checkpoint"):
-            network.checkpoint = True
-        if config.compile:
-            network.compile()
+# --- what a stage leaves behind ------------------------------------------------------------------
 
 
-def count_flops(run: Run, losses: nn.Module, rng: torch.Generator, rows: Sequence[slice]) -> float:
-    """Return this process's floating-point operations in one step, forward and backward, counted.
-
-    Of matrix products, attention and convolutions; recomputation is not counted.
-    """
-    inputs = losses.draw(rng, rows[0])
-    with FlopCounterMode(display=False) as counter, computing(run.device, run.config.dtype):
-        losses(**inputs)[0].backward()
-    losses.zero_grad(set_to_none=True)
-    return counter.get_total_flops() * len(rows)
-
-
-@torch.no_grad()
-def update_ema(ema: dict[str, Tensor], losses: nn.Module, decay: float):
-    """ema <- decay ema + (1 - decay) weights, in place."""
-    parameters = dict(losses.named_parameters())
-    torch._foreach_lerp_(
-        [local(ema[name]) for name in parameters],
-        [local(p) for p in parameters.values()],
-        1 - decay,
-    )
-
-
-def finish(progress: Progress, dataset, clips: Memory | Cache | None, team: Team):
-    """Measure what later stages need, write the EMA weights and a preview."""
-    run, stage = progress.run, progress.stage
-    ema = {name: whole(x) for name, x in progress.ema.items()}
-    ema = {name: x for name, x in ema.items() if not name.startswith("captioner.")}
+def write_ema(run: Run, progress: Progress, source, team: Team):
+    """Write the EMA weights, with the statistics that later stages need of them."""
+    stage, ema = progress.stage, progress.whole_ema()
     if team.first:
-        with torch.random.fork_rng():
-            modules = run.build(stage).to(run.device).eval()
-        modules.load_state_dict(ema)
+        tensors = {name: x for name, x in ema.items() if name.split(".")[0] in HELD[stage]}
+        tensors = {name: x.to(run.device) for name, x in tensors.items()}
         if stage == "vae":
-            some = dataset.batch(range(min(512, len(dataset))))
-            modules["vae"].set_statistics(to_float(some.video).to(run.device))
+            video = to_float(source.batch(range(min(512, len(source)))).video)
+            tensors = measured(run.config, stage, tensors, video.to(run.device))
         if stage == "latent":
-            features = clips.features(range(enough(clips, 2**16)))
-            modules["compressor"].set_statistics(features.to(run.device))
-        note = {"steps": str(progress.step), "seconds": f"{progress.seconds:.0f}"}
-        run.save(stage, modules.state_dict(), note)
-        if stage != "encoder":
-            run.unload()
-            preview(run, stage, dataset, clips)
+            tensors = measured(run.config, stage, tensors, some_features(run, source, 2**16))
+        note = {"steps": progress.step, "of": progress.of, "data": progress.data}
+        run.save(stage, tensors, {**note, "seconds": round(progress.seconds)})
     team.wait()
-    run.unload()
+    run.let_go()
 
 
-def enough(clips: Memory | Cache, tokens: int) -> int:
-    """Return how many clips have about that many semantic tokens: enough for statistics."""
-    return min(len(clips), max(1, tokens // clips.features([0])[0, 0].numel()))
-
-
-@torch.no_grad()
-def preview(run: Run, stage: str, dataset, clips: Memory | Cache | None):
-    """Write samples/STAGE.png: what this stage does with a few clips of the dataset.
+def preview(run: Run, stage: str, source, team: Team):
+    """Write samples/STAGE.png, what a stage does with a few clips.
 
     Not where the VAE is a released one: there a sample takes long, and sample.py makes it.
     """
-    if run.released("vae"):
-        return
-    source = dataset if stage == "vae" else clips
-    indices = range(min(6, len(source)))
-    captions = source.captions(indices)
-    if stage == "vae":
-        shown = dataset.batch(indices).video
-        video = to_uint8(run.vae.decode(run.vae.encode(to_float(shown).to(run.device))))
-        labels = "real", "through the VAE"
-    else:
-        if isinstance(clips, Cache):
-            latents, _ = clips.latents(indices)
-        else:  # of the world, which would encode all of its clips for these few
-            latents = run.vae.encode(to_float(dataset.batch(indices).video).to(run.device))
-        shown = to_uint8(run.vae.decode(latents.to(run.device))).cpu()
-        if stage == "latent":
-            plans = run.painter["compressor"].encode(clips.features(indices).to(run.device))
-            video = sample.paint(run, captions, indices, plans)
-        elif stage == "semantic":
-            video = sample.generate(run, captions, indices)
-        else:
-            video = sample.paint(run, captions, indices, None)
-        made = {"latent": "painted from its plan", "semantic": "from text", "base": "from text"}
-        labels = "real, through the VAE", made[stage]
-    both = torch.stack([shown, video.cpu()], 1).flatten(0, 1)
-    texts = [f"{label}: {caption}" for caption in captions for label in labels]
-    contact_sheet(both, texts, run.path / "samples" / f"{stage}.png")
+    if team.first and stage != "encoder" and not run.released("vae"):
+        show_stage(run, stage, source)
+        run.let_go()
+    team.wait()
 
 
-def train(run: Run, stages: Sequence[str], dataset, seed: int, team: Team | None = None):
+# --- the command ---------------------------------------------------------------------------------
+
+
+def train(
+    run: Run, stages: Sequence[str], dataset, seed: int, team: Team | None = None, board=None
+):
     """Train the stages named, and before each what it needs and the run does not have yet."""
     team = team or Team()
+
+    @kept
+    def clips():
+        """Return the clips as the frozen parts encode them: computed once for all stages."""
+        return encoded(run, dataset, team)
+
     for stage in stages:
-        missing = [need for need in run.needs(stage) if not run.has(need)]
+        missing = [need for need in run.needs(stage) if not run.finished(need)]
         if missing:
             names = " and ".join(missing)
-            if team.first:
-                print(f"{stage} needs {names} first: training {names}")
-            train(run, missing, dataset, seed, team)
-        if isinstance(dataset, Cache) and stage in ("vae", "encoder"):
-            raise UserError(f"{dataset.path} has no pixels: train {stage} on the folder of videos")
-        train_stage(run, stage, dataset, seed, team)
+            team.say(f"{stage} needs {names} first: training {names}")
+        for each in (*missing, stage):
+            train_stage(run, each, dataset, clips, seed, team, board)
 
 
-def configured(args: argparse.Namespace, out: Path, cache: Cache | None) -> Config:
-    """Return the configuration that the command line asks for.
-
-    Released parts are those of the flags, else the cache's, else those the run has already.
-    """
-    parts = {}
-    if (out / "config.json").exists():
-        old = Run.open(out)
-        parts = {part: getattr(old.config, part) for part in FLAGS if old.released(part)}
-    if cache:
-        parts |= cache_parts(cache)
-    settings = list(args.settings)
-    if args.steps is not None:
-        if args.steps < 1:
-            raise UserError(f"--steps {args.steps}: at least 1")
-        stages = STAGES[:4] if args.stage == "all" else (args.stage,)
-        settings += [f"stages.{stage}.steps={args.steps}" for stage in stages]
-    config = override(preset(args.preset), settings, **parts | parts_from_flags(args))
-    if args.attention:
-        window = None if args.attention == "full" else attention_window(config)
-        config = replace(config, latent=replace(config.latent, window=window))
-    check_weights_named(config)
-    return config
+def encoded(run: Run, dataset: World | Folder | Cache, team: Team):
+    """Return encoded clips; a folder's go to a cache in the run's own folder first."""
+    if isinstance(dataset, World):
+        return clips_in_memory(run, dataset)
+    if isinstance(dataset, Folder):
+        dataset = clips_on_disk(run, dataset.path, run.path / "cache", team)
+    check_cache(dataset, run)
+    return dataset
 
 
-def attention_window(config: Config) -> float:
-    """Return the painter's T_w in seconds; a quarter of the clip where there is none yet."""
-    rates = config.latent.rate, config.latent.context_rate
-    return config.latent.window or float(fitting_window(rates, config.data.seconds / 4))
-
-
-def main():
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stage", required=True, choices=[*STAGES, "all"])
+    parser.add_argument("--stage", required=True, choices=[*ORDER, "all"])
     parser.add_argument("--preset", default="paper", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--tiny", action="store_const", const="tiny", dest="preset")
     parser.add_argument("--tiny-long", action="store_const", const="tiny_long", dest="preset")
@@ -532,52 +407,99 @@ def main():
     parser.add_argument("--tensorboard", action="store_true", help="metrics for TensorBoard too")
     add_part_flags(parser)
     args = parser.parse_args()
-    out = args.out or Path("runs") / args.preset
+    args.out = args.out or Path("runs") / args.preset
     if not abs(args.seed) < 2**63:
         raise UserError(f"--seed {args.seed}: at most 63 bits")
-    check_target(out, folder=True)
-    cache = Cache(args.data) if args.data and (args.data / "cache.json").exists() else None
-    config = configured(args, out, cache)
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps {args.steps}: at least 1")
+    check_target(args.out, folder=True)
+    return args
+
+
+def configured(args: argparse.Namespace, cache: Cache | None) -> Config:
+    """Return the configuration that the command line asks for.
+
+    Released parts are those of the flags, else the cache's, else those the run has already.
+    """
+    parts = {}
+    if (args.out / "config.json").exists():
+        old = Run.open(args.out)
+        parts = {part: getattr(old.config, part) for part in FLAGS if old.released(part)}
+    if cache:
+        parts |= cache_parts(cache)
+    settings = list(args.settings)
+    if args.steps is not None:
+        stages = RECIPE if args.stage == "all" else (args.stage,)
+        settings += [f"stages.{stage}.steps={args.steps}" for stage in stages]
+    config = override(preset(args.preset), settings, **parts | parts_from_flags(args))
+    if args.attention:
+        window = None if args.attention == "full" else attention_window(config)
+        config = replace(config, latent=replace(config.latent, window=window))
+    check_weights_named(config)
     if args.data is None and args.preset == "paper":
         raise UserError("preset paper learns from real videos: give --data FOLDER (or CACHE)")
-    run, team = Run(out, config), Team(args.shard)
+    return config
+
+
+def attention_window(config: Config) -> float:
+    """Return the painter's T_w in seconds; a quarter of the clip where there is none yet."""
+    rates = config.latent.rate, config.latent.context_rate
+    return config.latent.window or float(fitting_window(rates, config.data.seconds / 4))
+
+
+def named_stages(args: argparse.Namespace, run: Run, team: Team) -> list[str]:
+    """Return the stages to train; UserError if one has nothing to train, or cannot be shared."""
     stages = [args.stage]
     if args.stage == "all":
-        stages = [stage for stage in STAGES[:4] if not run.released(stage)]
+        stages = [stage for stage in RECIPE if not run.released(stage)]
     elif run.released(args.stage):
         raise UserError(f"--stage {args.stage}: it has released weights, nothing is to be trained")
     for stage in stages:
-        stage_config: StageConfig = getattr(config.stages, stage)
-        team.rows(stage_config.batch, stage_config.accumulate)  # or say now that it cannot be
+        config: StageConfig = getattr(run.config.stages, stage)
+        team.rows(config.batch, config.accumulate)
+    return stages
+
+
+def open_data(args: argparse.Namespace, run: Run, cache: Cache | None, stages: Sequence[str]):
+    """Return the dataset that the command line names; UserError if it cannot be used."""
     if cache:
         if pixels := [stage for stage in stages if stage in ("vae", "encoder")]:
             raise UserError(f"{args.data} has no pixels: train {pixels[0]} on the folder of videos")
         check_cache(cache, run)
+        return cache
     try:
-        data = config.data
-        dataset = cache or (Folder(args.data, data) if args.data else World(data, "train"))
+        data = run.config.data
+        return Folder(args.data, data) if args.data else World(data, "train")
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def main():
+    args, board = arguments(), None
+    cache = Cache(args.data) if args.data and (args.data / "cache.json").exists() else None
+    run, team = Run(args.out, configured(args, cache)), Team(args.shard)
+    stages = named_stages(args, run, team)
+    dataset = open_data(args, run, cache, stages)
     if isinstance(dataset, Folder) and team.first:
         dataset.check()
     if args.tensorboard:
         require("tensorboard", "tensorboard")
-    if team.first:  # all that can be refused has been by now: nothing was made or forgotten
-        run = Run.create(out, config)
-    team.wait()
-    run = Run.open(out)
-    if run.device.type == "cuda":
-        run.device = torch.device("cuda", team.local_rank)
-        torch.cuda.set_device(run.device)
-    if args.fresh and team.first:
-        for stage in stages:
-            run.forget(stage)
-    team.wait()
-    if args.tensorboard and team.first:
-        from torch.utils.tensorboard import SummaryWriter
+    # All that can be refused has been by now: nothing was made or forgotten.
+    with locked(args.out) if team.first else nullcontext():
+        if team.first:
+            Run.create(args.out, run.config)
+            for stage in stages if args.fresh else ():
+                run.forget(stage)
+        team.wait()
+        run = Run.open(args.out)
+        if run.device.type == "cuda":
+            run.device = torch.device("cuda", team.local_rank)
+            torch.cuda.set_device(run.device)
+        if args.tensorboard and team.first:
+            from torch.utils.tensorboard import SummaryWriter
 
-        run.board = SummaryWriter(str(out / "tensorboard"))
-    train(run, stages, dataset, args.seed, team)
+            board = SummaryWriter(str(args.out / "tensorboard"))
+        train(run, stages, dataset, args.seed, team, board)
     team.leave()
 
 

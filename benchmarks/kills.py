@@ -24,12 +24,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
-from config import STAGES, Config, override, tiny
-from run import NEEDS, Run
+from config import Config, override, tiny
+from run import Run
+from stages import NEEDS, ORDER
 from toy.world import World
 
 CLOCK = ("seconds", "clips_s", "tokens_s", "mfu")
-SETTINGS = [f"stages.{s}.{f}" for s in STAGES for f in ("steps=24", "batch=4", "clips=16")]
+SETTINGS = [f"stages.{s}.{f}" for s in ORDER for f in ("steps=24", "batch=4", "clips=16")]
 
 
 class Few(World):
@@ -42,12 +43,13 @@ class Few(World):
 def train_once(path: Path, config: Config, stage: str, delay: float | None):
     """In a process of its own: train a stage; be killed `delay` seconds after the start."""
     import train
+    from plumbing.metrics import Metrics
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     train.LOG_EVERY, train.SAVE_EVERY = 2, 3
     train.preview = lambda *_: None
-    train.Metrics.plot = lambda _: None
+    Metrics.plot = lambda _: None
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if delay is not None:
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
@@ -92,7 +94,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=50, help="of each stage, at least")
-    parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES)
+    parser.add_argument("--stage", choices=ORDER, nargs="+", default=ORDER)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
     args = parser.parse_args()
@@ -108,7 +110,7 @@ def main():
     config = override(tiny(), ["dtype=float32", *SETTINGS, *args.settings])
     rng, failed = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
-        whole, seconds = undisturbed(Path(folder) / "whole", config, STAGES, start)
+        whole, seconds = undisturbed(Path(folder) / "whole", config, ORDER, start)
         for stage in args.stage:
             kills = rounds = same = 0
             expected = content(whole, stage)

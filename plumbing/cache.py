@@ -17,7 +17,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -65,24 +65,34 @@ class Memory(Clips):
     ):
         """encode: indices -> "latents" (B, 2, C, T, h, w), "features" and "text"."""
         self._clips, self.captions, self._encode = clips, captions, encode
+        self._all = clips
         self._chunks: dict[tuple[str, int], Tensor] = {}
 
     def __len__(self) -> int:
         return self._clips
 
-    def first(self, clips: int) -> "Memory":
-        """Return so many clips, fewer than these or more; they share what is encoded."""
+    def first(self, clips: int, kinds: Sequence[str] = ()) -> "Memory":
+        """Return so many clips, or all there are; they share what is encoded.
+
+        kinds: what is encoded now, for all of them.
+        """
         other = copy.copy(self)
-        other._clips = clips
+        other._clips = min(clips, self._all)
+        for kind in kinds:
+            other._fill(kind, range(-(-other._clips // CHUNK)))
         return other
 
     def _rows(self, kind: str, indices: Sequence[int]) -> Tensor:
         places = [divmod(int(i), CHUNK) for i in indices]
-        missing = sorted({c for c, _ in places if (kind, c) not in self._chunks})
-        for c in tqdm(missing, f"encoding {kind}", leave=False, disable=len(missing) < 2):
-            whole = range(c * CHUNK, (c + 1) * CHUNK)  # alike, whichever clips are asked for first
-            self._chunks[kind, c] = self._encode[kind](whole)
+        self._fill(kind, {c for c, _ in places})
         return torch.stack([self._chunks[kind, c][row] for c, row in places]).float()
+
+    def _fill(self, kind: str, chunks: Iterable[int]):
+        """Encode what is missing of some chunks, whole: alike, whoever asks for them first."""
+        missing = sorted(c for c in chunks if (kind, c) not in self._chunks)
+        for c in tqdm(missing, f"encoding {kind}", leave=False, disable=len(missing) < 2):
+            whole = range(c * CHUNK, min((c + 1) * CHUNK, self._all))
+            self._chunks[kind, c] = self._encode[kind](whole)
 
 
 # --- on disk: the file of one video -------------------------------------------------------------

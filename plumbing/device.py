@@ -2,9 +2,12 @@
 
 import contextlib
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -42,3 +45,29 @@ def computing(device: torch.device, dtype: str):
         if device.type == "cpu":  # torch's fused attention is slow here on short sequences
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
+
+
+# --- what the device works on next --------------------------------------------------------------
+
+
+def prepared_ahead(prepare: Callable, items: Iterable) -> Iterator:
+    """Yield prepare(item) of each item in order; a thread prepares the next one meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for item in items:
+            started = thread.submit(prepare, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = started
+        if waiting is not None:
+            yield waiting.result()
+
+
+def pinned(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return tensors in memory from which they can be copied while the device computes."""
+    return {k: x.pin_memory() for k, x in tensors.items()} if device.type == "cuda" else tensors
+
+
+def moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return tensors on a device."""
+    return {name: x.to(device, non_blocking=True) for name, x in tensors.items()}

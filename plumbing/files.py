@@ -28,7 +28,17 @@ def one_line(message: str, longest: int = 2000) -> str:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return lines_of(error)[0]
+
+
+def last_line(error: Exception) -> str:
+    """Return the last line of an error's message, where torch says what it is about."""
+    return lines_of(error)[-1].strip()
+
+
+def lines_of(error: Exception) -> list[str]:
+    """Return the lines of an error's message, or its class where it has none."""
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 def command(main: Callable[[], None]):

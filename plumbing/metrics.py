@@ -1,22 +1,25 @@
-"""What training logs: metrics.jsonl and the curves drawn from it."""
+"""What training says and writes as it goes: a progress bar, metrics.jsonl, the curves of it."""
 
 import io
 import json
 import math
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from config import STAGES
+from tqdm import tqdm
+
 from plumbing.files import UserError, write_file
-from run import Run
+from plumbing.processes import Team
+from plumbing.progress import Progress
 
 
 class Metrics:
     """Averages of what each step logs, one JSON line at a time, and the loss curve."""
 
-    def __init__(self, run: Run, stage: str, step: int, pending: list[dict]):
-        """step: what training goes on from; pending: logs since the last line, added by others."""
-        self.path, self.stage, self.pending = run.path / "metrics.jsonl", stage, pending
-        self.board = run.board
+    def __init__(self, folder: Path, stage: str, step: int, board=None):
+        """step: what training goes on from. board: a SummaryWriter of TensorBoard, if asked for."""
+        self.path, self.stage, self.board = folder / "metrics.jsonl", stage, board
         text = self.path.read_text("utf-8", "replace") if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
         lines = read_metrics(self.path, whole)
@@ -25,12 +28,12 @@ class Metrics:
         if kept != lines or whole != text:
             write_file(self.path, "".join(json.dumps(x) + "\n" for x in kept).encode())
 
-    def write(self, step: int, now: dict, clock: dict) -> dict:
-        """Append the means of what is pending; now, clock: values of the moment, and timings."""
+    def write(self, step: int, logs: Sequence[dict], now: dict, clock: dict) -> dict:
+        """Append a line: means of what several steps logged, values of this moment, and timings."""
         line = {"stage": self.stage, "step": step, **now}
         line |= {name: float(f"{value:.4g}") for name, value in clock.items()}
-        for name in dict.fromkeys(name for x in self.pending for name in x):
-            values = [x[name] for x in self.pending if not math.isnan(x.get(name, math.nan))]
+        for name in dict.fromkeys(name for x in logs for name in x):
+            values = [x[name] for x in logs if not math.isnan(x.get(name, math.nan))]
             if values:  # empty bins of t are left out
                 mean = sum(values) / len(values)
                 line[name] = round(sum(values) if name == "skipped" else mean, 6)
@@ -54,7 +57,7 @@ class Metrics:
         from matplotlib import pyplot
 
         lines = read_metrics(self.path, self.path.read_text("utf-8", "replace"))
-        stages = [s for s in STAGES if any(x["stage"] == s for x in lines)]
+        stages = list(dict.fromkeys(line["stage"] for line in lines))  # in the order of training
         figure, panels = pyplot.subplots(
             1, len(stages), figsize=(4 * len(stages), 3), squeeze=False, layout="constrained"
         )
@@ -80,3 +83,50 @@ def read_metrics(path: Path, text: str) -> list[dict]:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f"{path}, line {number}: not a line of metrics: remove it") from None
     return lines
+
+
+class Reporter:
+    """Reports on a stage: the bar after every step, a line of metrics after some, then curves."""
+
+    def __init__(self, progress: Progress, folder: Path, team: Team, a_step: dict, board=None):
+        """a_step: what a step takes or does, by the name of its rate (`clips_s`, ...)."""
+        self.progress, self.team, self.a_step = progress, team, a_step
+        if team.first:
+            self.metrics = Metrics(folder, progress.stage, progress.step, board)
+        self.bar = tqdm(
+            total=progress.of,
+            initial=progress.step,
+            desc=progress.stage,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not team.first,
+        )
+        self.clock = self.lap = time.perf_counter()
+
+    def after_step(self, now: dict[str, float], every: int) -> dict:
+        """Count a step; after `every` steps and the last, write and return a line, else {}.
+
+        now: values of this moment.
+        """
+        progress, clock = self.progress, time.perf_counter()
+        progress.seconds, self.clock = progress.seconds + clock - self.clock, clock
+        self.bar.update()
+        if progress.step % every and progress.step < progress.of:
+            return {}
+        line = {}
+        if self.team.first:
+            each = (clock - self.lap) / len(progress.pending)
+            rates = {name: amount / each for name, amount in self.a_step.items()}
+            timings = {"seconds": progress.seconds, **rates}
+            line = self.metrics.write(progress.step, progress.pending, now, timings)
+            loss = f"{line.get('loss', math.nan):.4f}"
+            self.bar.set_postfix(loss=loss, clips_s=f"{line['clips_s']:.0f}")
+        progress.pending.clear()
+        self.lap = clock
+        return line
+
+    def finish(self):
+        """Draw the curves."""
+        if self.team.first:
+            self.metrics.plot()
+        self.team.wait()

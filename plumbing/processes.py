@@ -3,13 +3,13 @@
     torchrun --nproc-per-node 4 train.py ...          # DDP: every process holds all weights
     torchrun --nproc-per-node 4 train.py ... --shard  # FSDP2: each holds a share of them
 
-All that is random at a step is drawn for the whole batch by every process, and each takes its rows:
-batches, their order and their noise do not depend on the number of processes. States hold whole
-tensors, gathered by torch.distributed.checkpoint, so a run may stop with N processes and go on with
-M, sharded or not. Without torchrun there is one process, and nothing here does anything.
+A batch is the whole batch: each process takes its rows, and the random numbers of a row are its own
+(seeds.py). States hold whole tensors, gathered by torch.distributed.checkpoint, so a run may stop
+with N processes and go on with M, sharded or not. Without torchrun one process takes all rows.
 """
 
 import os
+import signal
 from collections.abc import Sequence
 
 import torch
@@ -51,16 +51,24 @@ class Team:
         """Whether this process is the one that writes and speaks."""
         return self.rank == 0
 
-    def rows(self, batch: int, accumulate: int) -> list[slice]:
-        """Return this process's rows of a batch, in `accumulate` pieces; UserError if uneven."""
+    def say(self, message: str):
+        """Print a line, once for all processes."""
+        if self.first:
+            print(message)
+
+    def rows(self, batch: int, accumulate: int) -> list[range]:
+        """Return this process's rows of a batch, in micro-batches; UserError if uneven.
+
+        accumulate: how many micro-batches.
+        """
         piece, left = divmod(batch, self.size * accumulate)
         if left or not piece:
             raise UserError(
                 f"batch {batch} cannot be shared evenly by {self.size} processes in "
-                f"{accumulate} pieces each: choose a multiple of {self.size * accumulate}"
+                f"{accumulate} micro-batches each: choose a multiple of {self.size * accumulate}"
             )
         start = self.rank * accumulate * piece
-        return [slice(start + k * piece, start + (k + 1) * piece) for k in range(accumulate)]
+        return [range(start + k * piece, start + (k + 1) * piece) for k in range(accumulate)]
 
     def wrap(self, losses: nn.Module, device: torch.device) -> nn.Module:
         """Return what computes a loss and, in backward, the whole batch's gradient."""
@@ -83,7 +91,7 @@ class Team:
             wrapped.require_backward_grad_sync = now
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
-        """Return the mean of each value over its elements, pieces and processes; NaN not counted.
+        """Return the mean of each value over its elements and the processes; NaN is not counted.
 
         values: name -> any shape.
         """
@@ -144,3 +152,21 @@ def set_state(losses: nn.Module, optimizers: Sequence[torch.optim.Optimizer], st
     """Put back what `get_state` returned, whatever the number of processes was."""
     set_model_state_dict(losses, state["modules"], options=WHOLE)
     set_optimizer_state_dict(losses, list(optimizers), state["optimizers"], options=WHOLE)
+
+
+class Interrupt:
+    """While open, Ctrl-C and SIGTERM do not stop the program but set `wanted`, to save first."""
+
+    def __enter__(self):
+        self.wanted = False
+        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        if self.wanted:
+            raise KeyboardInterrupt  # asked twice
+        self.wanted = True
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)

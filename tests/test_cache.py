@@ -33,6 +33,8 @@ from data import Folder, to_float
 from plumbing.cache import Cache, Memory, video_file
 from plumbing.fields import flat_fields
 from plumbing.files import UserError
+from plumbing.metrics import Metrics
+from plumbing.seeds import Rows
 from plumbing.video import write_video as write_mp4
 from run import Run
 from toy.encoder import TinyEncoder
@@ -645,7 +647,7 @@ def test_damaged_files_are_one_line_and_are_encoded_anew(tmp_path, run, folder, 
 
 @pytest.fixture
 def quiet(monkeypatch):
-    monkeypatch.setattr(train.Metrics, "plot", lambda _: None)
+    monkeypatch.setattr(Metrics, "plot", lambda _: None)
 
 
 def trained(out: Path) -> dict[str, torch.Tensor]:
@@ -701,8 +703,8 @@ def test_latents_may_be_drawn_from_the_posterior(tmp_path, run, folder):
     for posterior in (False, True):
         settings = ["stages.base.batch=500", f"stages.base.posterior={posterior}"]
         other = other_run(tmp_path / str(posterior), run, *settings)
-        loss = stages.DiffusionLoss(other, "base", OneClip(tmp_path / "cache"))
-        drawn = loss.draw(train.step_generator(0, "base", 0), slice(None))["latents"]
+        base, rows = stages.Base(other.config), Rows(range(500), 0, "base", 0)
+        drawn = base.draw(OneClip(tmp_path / "cache"), rows)["latents"]
         deviation = (drawn - mean).square().mean(0).sqrt()
         expected = (0.5 * log_variance[0]).exp() * posterior
         assert (deviation - expected).abs().max() < 0.2 * max(1e-3, expected.max())

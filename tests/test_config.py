@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import PRESETS, STAGES, Config, check_fit, override, tiny
+from config import PRESETS, Config, check_fit, override, tiny
 from model import DiT
 from plumbing.fields import build, field_types, flat_fields, parse_value
 from plumbing.files import UserError
 from semantic import Compressor
+from stages import ORDER
 from toy.encoder import TinyEncoder
 from toy.text import HashText
 from toy.vae import TinyVAE
@@ -64,7 +65,7 @@ def test_the_tokens_line_up(preset):
 
 
 def test_every_stage_has_its_settings():
-    assert tuple(field.name for field in dataclasses.fields(TINY.stages)) == STAGES
+    assert tuple(field.name for field in dataclasses.fields(TINY.stages)) == ORDER
 
 
 def test_a_configuration_cannot_be_changed_behind_its_checks():
@@ -181,7 +182,7 @@ def test_an_unknown_field_names_the_near_ones(setting, near):
 def test_a_name_that_several_parts_have_names_them():
     message = refusal("lr=1e-3")
     assert "could be any of" in message
-    for stage in STAGES:
+    for stage in ORDER:
         assert f"stages.{stage}.lr" in message
 
 

@@ -342,13 +342,13 @@ def test_the_right_plans_reach_the_painter(evaluation, run, monkeypatch, text):
 def test_a_dropped_plan_is_never_shown_to_the_painter(evaluation, run, monkeypatch, text):
     """The painter sees its null context in every sample that weighs anything."""
     kept = []
-    forward = run.painter["dit"].forward
+    forward = run.painter.forward
 
     def record(z, t, text, context=None, keep_context=None):
         kept.append(keep_context)
         return forward(z, t, text, context, keep_context)
 
-    monkeypatch.setattr(run.painter["dit"], "forward", record)
+    monkeypatch.setattr(run.painter, "forward", record)
     evaluation.from_plans(slice(0, 2), "dropped", text)
     assert kept and not any(keep.any() for keep in kept)
 

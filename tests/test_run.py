@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import run as run_module
-from config import STAGES, Config, override, tiny
+from config import Config, override, tiny
 from plumbing.device import computing, faster_dtype
 from plumbing.fields import flat_fields
 from plumbing.files import UserError, command, sweep, write_file
-from run import Run, export
+from run import HELD, Run, export
+from semantic import Compressor
+from stages import ORDER, learner
 
 PIXELS = ("data.height", "data.width", "data.semantic_height", "data.semantic_width")
 MICRO = [  # one second of 16 x 16 pixels, the smallest of everything; 6 steps on 8 clips
@@ -32,7 +34,7 @@ MICRO = [  # one second of 16 x 16 pixels, the smallest of everything; 6 steps o
     *("encoder.dim=32", "encoder.blocks=1", "encoder.heads=2", "encoder.caption_blocks=1"),
     *(f"{dit}.{field}" for dit in ("latent", "semantic") for field in ("width=32", "heads=2")),
     *("latent.context_channels=4", "semantic.channels=4", "latent.depth=1", "semantic.depth=1"),
-    *(f"stages.{s}.{f}" for s in STAGES for f in ("steps=6", "batch=3", "clips=8", "warmup=2")),
+    *(f"stages.{s}.{f}" for s in ORDER for f in ("steps=6", "batch=3", "clips=8", "warmup=2")),
     *("sample.steps=2",),
 ]
 
@@ -42,13 +44,20 @@ def micro(*settings: str) -> Config:
     return override(tiny(), [*MICRO, *settings])
 
 
-def random_run(path: Path, *settings: str, stages=STAGES) -> Run:
+def modules_of(run: Run, stage: str) -> torch.nn.ModuleDict:
+    """Return what a stage's weights file holds, freshly initialised."""
+    compressor = Compressor(run.config.encoder.dim, run.config.compressor)
+    modules = learner(run.config, stage, ["a red circle"], compressor)
+    return torch.nn.ModuleDict({name: modules[name] for name in HELD[stage]})
+
+
+def random_run(path: Path, *settings: str, stages=ORDER) -> Run:
     """Return a run with random weights: as if trained, and every condition matters in it."""
     run = Run.create(path, micro(*settings))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for stage in stages:
-            modules = run.build(stage)
+            modules = modules_of(run, stage)
             for parameter in modules.parameters():
                 if not parameter.any():  # what starts at zero would hide what feeds it
                     torch.nn.init.normal_(parameter, std=0.2)
@@ -73,6 +82,12 @@ def one_line(capsys, *words: str):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
     assert all(word in error for word in words), error
+
+
+def loaded(run: Run, stage: str) -> torch.nn.ModuleDict:
+    """Return a stage's parts as a run loads them, under the names that its weights file has."""
+    parts = {name: getattr(run, part) for name, part in HELD[stage].items()}
+    return torch.nn.ModuleDict(parts)
 
 
 @pytest.fixture
@@ -200,26 +215,26 @@ def test_a_configuration_with_impossible_values(run, change):
 
 def test_forgetting_a_stage_forgets_what_was_trained_on_it(tmp_path):
     run = random_run(tmp_path)
-    for stage in STAGES:
+    for stage in ORDER:
         run.save_state(stage, {"step": 1})
     run.forget("encoder")
-    assert [s for s in STAGES if run.has(s)] == ["vae", "base"]
-    assert [s for s in STAGES if run.state_file(s).exists()] == ["vae", "base"]
+    assert [s for s in ORDER if run.has(s)] == ["vae", "base"]
+    assert [s for s in ORDER if run.state_file(s).exists()] == ["vae", "base"]
 
 
 # --- weights ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ORDER)
 def test_weights_come_back_exactly(run, stage):
-    tensors = run.build(stage).state_dict()
-    run.save(stage, tensors, {"steps": "7"})
-    loaded = run.load(stage)
-    found = loaded.state_dict()
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert not any(module.training for module in loaded.modules())
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    tensors = modules_of(run, stage).state_dict()
+    run.save(stage, tensors, {"steps": 7, "of": 9})
+    assert run.steps_of(stage) == 7 and run.has(stage) and not run.finished(stage)
+    found = loaded(run, stage)
+    assert found.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(x, tensors[name]) for name, x in found.state_dict().items())
+    assert not any(module.training for module in found.children())
+    assert not any(parameter.requires_grad for parameter in found.parameters())
 
 
 def test_parts_are_the_saved_ones_and_kept(tmp_path):
@@ -227,10 +242,13 @@ def test_parts_are_the_saved_ones_and_kept(tmp_path):
     parts = {"vae": run.vae, "encoder": run.encoder, "semantic": run.planner, "base": run.base}
     for stage, part in parts.items():
         saved = load_file(run.weights_file(stage))
-        found = {f"{next(iter(saved)).split('.')[0]}.{k}": v for k, v in part.state_dict().items()}
+        found = {f"{next(iter(HELD[stage]))}.{name}": x for name, x in part.state_dict().items()}
         assert all(torch.equal(found[name], x) for name, x in saved.items())
         assert not part.training and not any(p.requires_grad for p in part.parameters())
-    assert run.painter is run.painter and set(run.painter) == {"compressor", "dit"}
+    assert run.painter is run.painter and run.compressor is run.compressor
+    before = run.planner
+    run.let_go("planner")
+    assert run.planner is not before and run.painter is run.painter
 
 
 def test_loading_leaves_the_random_numbers_alone(tmp_path):
@@ -238,7 +256,7 @@ def test_loading_leaves_the_random_numbers_alone(tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    _ = run.vae, run.encoder, run.painter, run.planner, run.base
+    _ = run.vae, run.encoder, run.compressor, run.painter, run.planner, run.base
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -268,21 +286,21 @@ def foreign_weights(run: Run) -> dict[str, bytes]:
 
 
 def test_weights_that_do_not_fit_are_refused(run):
-    run.save("vae", run.build("vae").state_dict(), {})
+    run.save("vae", modules_of(run, "vae").state_dict(), {})
     foreign = foreign_weights(run)
     for label, content in foreign.items():
         run.weights_file("vae").write_bytes(content)
         with pytest.raises(UserError, match=r"vae\.safetensors does not fit") as error:
-            run.load("vae")
+            _ = run.vae
         assert "\n" not in str(error.value), label
 
 
 def test_weights_of_another_configuration_are_refused(run, tmp_path):
     wider = Run.create(tmp_path / "wider", micro("vae.width=16"))
-    wider.save("vae", wider.build("vae").state_dict(), {})
+    wider.save("vae", modules_of(wider, "vae").state_dict(), {})
     run.weights_file("vae").write_bytes(wider.weights_file("vae").read_bytes())
     with pytest.raises(UserError, match="size mismatch"):
-        run.load("vae")
+        _ = run.vae
 
 
 def test_exported_weights_are_half_as_large_and_load(tmp_path, capsys):
@@ -292,14 +310,14 @@ def test_exported_weights_are_half_as_large_and_load(tmp_path, capsys):
     assert "vae, encoder, latent, semantic" in capsys.readouterr().out
     small = Run.open(target)
     assert small.config == run.config
-    assert [s for s in STAGES if small.has(s)] == ["vae", "encoder", "latent", "semantic"]
+    assert [s for s in ORDER if small.has(s)] == ["vae", "encoder", "latent", "semantic"]
     for stage in ("vae", "encoder", "latent", "semantic"):
         tensors = load_file(small.weights_file(stage))
         assert {x.dtype for x in tensors.values()} == {torch.float16}
-        loaded, original = small.load(stage).state_dict(), load_file(run.weights_file(stage))
+        found, original = loaded(small, stage).state_dict(), load_file(run.weights_file(stage))
         for name, x in original.items():
-            assert loaded[name].dtype == torch.float32
-            assert torch.equal(loaded[name], x.half().float()), name
+            assert found[name].dtype == torch.float32
+            assert torch.equal(found[name], x.half().float()), name
     assert not [path for path in target.iterdir() if path.suffix == ".state"]
 
 
@@ -307,7 +325,7 @@ def test_exporting_nothing_or_onto_itself_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="no weights"):
         export(run.path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    run.save("vae", run.build("vae").state_dict(), {})
+    run.save("vae", modules_of(run, "vae").state_dict(), {})
     with pytest.raises(UserError, match="another folder"):
         export(run.path, run.path)
     assert {x.dtype for x in load_file(run.weights_file("vae")).values()} == {torch.float32}

@@ -229,7 +229,7 @@ def test_the_painter_heeds_text_plan_and_seed(run):
 
 
 def test_plans_are_rescaled_to_what_the_painter_saw(run):
-    compressor = run.painter["compressor"]
+    compressor = run.compressor
     before = sample_plans(run, [PROMPT], [0])
     mean, std = compressor.mean.clone(), compressor.std.clone()
     compressor.mean += 3
@@ -243,7 +243,7 @@ def test_plans_are_rescaled_to_what_the_painter_saw(run):
 def test_plans_of_references_are_those_of_encoder_and_compressor(run):
     clips = World(run.config.data, "train").semantic_video(range(3))
     features = run.encoder.encode(clips.float() / 127.5 - 1)
-    expected = run.painter["compressor"].posterior(features)[0]
+    expected = run.compressor.posterior(features)[0]
     torch.testing.assert_close(reference_plans(run, clips), expected)
 
 
@@ -257,7 +257,7 @@ def test_options_replace_the_runs_own(run, option):
 
 def test_steps_are_network_calls(run, monkeypatch):
     calls = []
-    for stage, dit in (("plan", run.planner), ("paint", run.painter["dit"])):
+    for stage, dit in (("plan", run.planner), ("paint", run.painter)):
         forward = dit.forward
         count = lambda *a, f=forward, s=stage, **k: (calls.append(s), f(*a, **k))[1]  # noqa: E731
         monkeypatch.setattr(dit, "forward", count)

@@ -295,7 +295,11 @@ def test_encode_makes_no_graph_and_train_mode_changes_nothing():
 def test_in_a_run_the_encoder_is_frozen(tmp_path):
     config = override(tiny(), ["encoder.dim=32", "encoder.blocks=1"])
     trained = Run(tmp_path, config, torch.device("cpu"))
-    trained.save("encoder", trained.build("encoder").state_dict(), {})
+    trained.save(
+        "encoder",
+        {f"encoder.{k}": v for k, v in TinyEncoder(config.encoder).state_dict().items()},
+        {},
+    )
     encoder = Run(tmp_path, config, torch.device("cpu")).encoder
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from plumbing.seeds import piece_seed
+from plumbing.seeds import text_seed
 from toy.text import HashText, HashTextConfig, piece_vector, word_vector
 
 TEXT = HashText(HashTextConfig())
@@ -40,7 +40,7 @@ def test_golden_values():
     assert_close(TEXT.encode(["red"])[0, 0, :3], golden, 1e-5)
     golden = torch.tensor([-1.702770, -0.969107, 1.382226])
     assert_close(TEXT.encode(["a red circle moves left"])[0, 4, -3:], golden, 1e-5)
-    assert piece_seed("red") == 14816874794390844849
+    assert text_seed("red") == 14816874794390844849
 
 
 @pytest.mark.parametrize("word", ["a", "red", "aaaa", "circle", "triangle"])

@@ -18,19 +18,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_run import MICRO, call, micro, one_line, random_run
+from test_run import MICRO, call, micro, modules_of, one_line, random_run
 from torch import Tensor, nn
 
 import train
-from config import STAGES
 from flow import shift_time
+from optim import build_optimizers, ema_decay, lr_factor, update_ema
 from plumbing.files import UserError
-from run import NEEDS, Run
+from plumbing.metrics import Metrics
+from plumbing.seeds import Rows
+from prepare import clips_in_memory
+from run import Run
 from semantic import Compressor
-from stages import DiffusionLoss
+from stages import NEEDS, ORDER, Painter, learner
 from toy.world import World
-from train import build_optimizers, ema_decay, encoded, lr_factor, step_generator, update_ema
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +55,7 @@ def short(monkeypatch):
     """A line of metrics every two steps; no pictures, which take most of the time."""
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     monkeypatch.setattr(train, "preview", lambda *_: None)
-    monkeypatch.setattr(train.Metrics, "plot", lambda _: None)
+    monkeypatch.setattr(Metrics, "plot", lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def trained(tmp_path_factory) -> Run:
     run = Run.create(tmp_path_factory.mktemp("trained") / "run", micro())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "LOG_EVERY", 2)
-        train.train(run, STAGES, few(run), seed=0)
+        train.train(run, ORDER, few(run), seed=0)
     return run
 
 
@@ -72,15 +76,23 @@ def copy_of(run: Run, path: Path, stages, *settings: str) -> Run:
     return copy
 
 
+def source_for(run: Run, stage: str, clips: int = 8):
+    """Return what a stage draws from: the first clips, as pixels or encoded."""
+    if stage in ("vae", "encoder"):
+        return few(run)
+    return clips_in_memory(run, few(run)).first(clips)
+
+
 def stop_at(monkeypatch, stop: int, action=lambda: signal.raise_signal(signal.SIGTERM)):
-    """Do something, by default send SIGTERM to ourselves, when the draws of step `stop` begin."""
+    """Do something, by default send SIGTERM to ourselves, when step `stop` begins."""
+    one_step = train.one_step
 
-    def generator(seed: int, stage: str, step: int) -> torch.Generator:
-        if step + 1 == stop:
+    def stopped(run, progress, *others):
+        if progress.step + 1 == stop:
             action()
-        return step_generator(seed, stage, step)
+        return one_step(run, progress, *others)
 
-    monkeypatch.setattr(train, "step_generator", generator)
+    monkeypatch.setattr(train, "one_step", stopped)
 
 
 def interrupted(run: Run, stage: str, stop: int) -> Run:
@@ -126,7 +138,7 @@ def weights(run: Run, stage: str) -> dict[str, Tensor]:
 # --- resumption and seeds -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ORDER)
 def test_a_run_that_goes_on_equals_one_that_never_stopped(trained, tmp_path, stage):
     run = interrupted(copy_of(trained, tmp_path, NEEDS[stage]), stage, stop=4)
     assert_equal(weights(run, stage), weights(trained, stage))  # EMA
@@ -260,21 +272,44 @@ def test_more_steps_go_on_from_the_end(trained, tmp_path, capsys):
     assert [line["step"] for line in metrics(longer, "vae")] == [2, 4, 6, 8]
 
 
-def test_steps_stages_and_seeds_have_their_own_random_numbers():
-    draws = {
-        tuple(torch.rand(2, generator=step_generator(*which)).tolist())
-        for which in [(0, "vae", 0), (0, "vae", 1), (0, "base", 0), (1, "vae", 0), (10, "vae", 0)]
-    }
-    assert len(draws) == 5
-    again = torch.rand(2, generator=step_generator(0, "vae", 1))
-    assert torch.equal(again, torch.rand(2, generator=step_generator(0, "vae", 1)))
+def test_steps_stages_seeds_and_rows_have_their_own_random_numbers():
+    words = [(0, "vae", 0), (0, "vae", 1), (0, "base", 0), (1, "vae", 0), (10, "vae", 0)]
+    draws = torch.cat([Rows(range(3), *which).normal(2) for which in words])
+    assert len({tuple(x.tolist()) for x in draws}) == 15
+    assert torch.equal(Rows(range(3), 0, "vae", 1).normal(2), draws[3:6])
+
+
+@given(st.integers(1, 6), st.data())
+def test_a_rows_numbers_do_not_depend_on_its_company(count, data):
+    """Whatever the processes and micro-batches: the rows of a batch, and what they share."""
+    first = data.draw(st.integers(0, count - 1))
+    last = data.draw(st.integers(first, count - 1))
+    whole, some = Rows(range(count), "words"), Rows(range(first, last + 1), "words")
+    for draw in (
+        lambda rows: rows.normal(2, 3),
+        lambda rows: rows.kept(0.5),
+        lambda rows: torch.tensor(rows.indices(2**31)),
+        lambda rows: rows.normal(),
+    ):
+        assert torch.equal(draw(some), draw(whole)[first : last + 1])
+    a, b = (torch.rand(4, generator=rows.common) for rows in (whole, some))
+    assert torch.equal(a, b)
+
+
+def test_rows_draw_what_they_say():
+    rows = Rows(range(4000), "many")
+    normal, kept, indices = rows.normal(3), rows.kept(0.3), torch.tensor(rows.indices(5))
+    assert abs(normal.mean()) < 0.04 and abs(normal.std() - 1) < 0.03
+    assert torch.corrcoef(normal.T).triu(1).abs().max() < 0.06
+    assert abs(kept.float().mean() - 0.7) < 0.03
+    assert indices.min() == 0 and indices.max() == 4 and indices.bincount().min() > 700
 
 
 # --- what a stage leaves behind -----------------------------------------------------------------
 
 
 def test_every_stage_leaves_weights_metrics_and_pictures(trained):
-    for stage in STAGES:
+    for stage in ORDER:
         assert trained.has(stage)
         lines = metrics(trained, stage)
         assert lines and all(math.isfinite(v) for x in lines for v in x.values() if v != stage)
@@ -296,12 +331,11 @@ def test_loss_curves_are_drawn(trained):
 
 def test_statistics_normalise_latents_and_plans(trained):
     """After training, what the diffusion models see has zero mean and unit variance per channel."""
-    dataset = few(trained)
-    latents = encoded(trained, dataset, 8).latents(range(8))[0].transpose(0, 1).flatten(1)  # (C, N)
+    clips = source_for(trained, "latent")
+    latents = clips.latents(range(8))[0].transpose(0, 1).flatten(1)  # (C, N)
     assert latents.mean(1).abs().max() < 1e-3
     assert (latents.std(1) - 1).abs().max() < 1e-3
-    compressor = trained.painter["compressor"]
-    features = encoded(trained, dataset, 8).features(range(8))
+    compressor, features = trained.compressor, clips.features(range(8))
     generator = torch.Generator().manual_seed(0)
     plans = []
     for _ in range(200):
@@ -313,13 +347,13 @@ def test_statistics_normalise_latents_and_plans(trained):
 
 
 def test_earlier_stages_are_trained_first_and_named(tmp_path, capsys):
-    run = Run.create(tmp_path, micro(*(f"stages.{stage}.steps=1" for stage in STAGES)))
+    run = Run.create(tmp_path, micro(*(f"stages.{stage}.steps=1" for stage in ORDER)))
     train.train(run, ["semantic"], few(run), seed=0)
     out = capsys.readouterr().out
     said = "semantic needs vae and encoder and latent first"
     places = [out.index(said), *(out.index(f"\n{s}: ") for s in ("vae", "encoder", "latent"))]
     assert places == sorted(places) and places[-1] < out.index("\nsemantic: ")
-    assert [s for s in STAGES if run.has(s)] == ["vae", "encoder", "latent", "semantic"]
+    assert [s for s in ORDER if run.has(s)] == ["vae", "encoder", "latent", "semantic"]
     train.train(run, ["base"], few(run), seed=0)
     assert "first" not in capsys.readouterr().out
 
@@ -387,9 +421,9 @@ def test_optimizers_ran_at_the_scheduled_rate(trained):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ORDER)
 def test_every_parameter_has_exactly_one_optimizer(trained, stage, optimizer):
-    modules = trained.build(stage)
+    modules = modules_of(trained, stage)
     next(modules.parameters()).requires_grad_(False)
     config = getattr(micro(f"stages.{stage}.optimizer={optimizer}").stages, stage)
     optimizers = build_optimizers(modules, config)
@@ -421,21 +455,21 @@ class Shown(nn.Module):
         return self.scale * z
 
 
-def computed(losses: DiffusionLoss, step: int = 0):
+def computed(run: Run, stage: str, modules: nn.ModuleDict, step: int = 0):
     """Return the loss of one whole batch, and its logs as means."""
-    inputs = losses.draw(step_generator(0, losses.stage, step), slice(None))
-    loss, logs = losses(**inputs)
+    config = getattr(run.config.stages, stage)
+    rows = Rows(range(config.batch), 0, stage, step)
+    loss, logs = modules(**modules.draw(source_for(run, stage, config.clips), rows))
     return loss, {name: x.float().nanmean() for name, x in logs.items()}
 
 
 def shown(run: Run, stage: str, scale: float = 0.0, step: int = 0):
     """Compute one loss of a stage with a stand-in; return it, its logs and all modules."""
-    clips = encoded(run, few(run), getattr(run.config.stages, stage).clips)
-    losses = DiffusionLoss(run, stage, clips)
+    modules = learner(run.config, stage, compressor=run.compressor)
     if stage == "latent":
-        losses["compressor"] = run.painter["compressor"]
-    losses["dit"] = Shown(scale)
-    return *computed(losses, step), losses
+        modules["compressor"] = run.compressor
+    modules["dit"] = Shown(scale)
+    return *computed(run, stage, modules, step), modules
 
 
 def one_clip(path: Path, stage: str, batch: int, *settings: str) -> Run:
@@ -454,7 +488,7 @@ def drawn_noise(dit: Shown, data: Tensor) -> Tensor:
 @pytest.mark.parametrize("stage", ["latent", "base"])
 def test_flow_loss_by_hand(tmp_path, stage, scale):
     run = one_clip(tmp_path, stage, 300)
-    data = encoded(run, few(run), 1).latents([0])[0]
+    data = source_for(run, stage, 1).latents([0])[0]
     _, logs, modules = shown(run, stage, scale)
     dit = modules["dit"]
     noise = drawn_noise(dit, data)
@@ -482,13 +516,13 @@ def test_times_are_logit_normal_and_shifted(tmp_path, shift):
 
 def test_the_painters_first_loss_is_that_of_a_zero_velocity(tmp_path):
     run = one_clip(tmp_path, "latent", 64)
-    data = encoded(run, few(run), 1).latents([0])[0]
-    losses = DiffusionLoss(run, "latent", encoded(run, few(run), 1))
+    data = source_for(run, "latent", 1).latents([0])[0]
+    modules = learner(run.config, "latent")
     asked = {}
-    losses["dit"].register_forward_pre_hook(
+    modules["dit"].register_forward_pre_hook(
         lambda _, inputs: asked.update(z=inputs[0], t=inputs[1])
     )
-    _, logs = computed(losses)
+    _, logs = computed(run, "latent", modules)
     dit = Shown()
     dit.z, dit.t = asked["z"], asked["t"]
     expected = (drawn_noise(dit, data) - data).square().mean()
@@ -498,7 +532,7 @@ def test_the_painters_first_loss_is_that_of_a_zero_velocity(tmp_path):
 def test_the_kl_by_hand(tmp_path):
     run = one_clip(tmp_path, "latent", 5, "compressor.kl_weight=0.25")
     loss, logs, modules = shown(run, "latent")
-    features = encoded(run, few(run), 1).features([0])
+    features = source_for(run, "latent", 1).features([0])
     mean, log_variance = modules["compressor"].posterior(features)
     ours = torch.distributions.Normal(mean, (log_variance / 2).exp())
     kl = torch.distributions.kl_divergence(ours, torch.distributions.Normal(0.0, 1.0))
@@ -516,11 +550,11 @@ def surely(compressor: nn.Module):
 
 def test_plans_are_shown_with_noise_of_another_size_for_each_sample(tmp_path):
     run = one_clip(tmp_path, "latent", 2000, "compressor.noise=0.5")
-    compressor = run.painter["compressor"]
+    compressor = run.compressor
     compressor.std.fill_(3.0)
     surely(compressor)
     *_, modules = shown(run, "latent")
-    plan = compressor.encode(encoded(run, few(run), 1).features([0]))
+    plan = compressor.encode(source_for(run, "latent", 1).features([0]))
     added = (modules["dit"].context - plan).flatten(1) / (0.5 * 3.0)  # (B, elements)
     sizes = added.square().mean(1).sqrt()  # |N(0, 1)|, of mean 0.80 and mean square 1
     assert abs(sizes.square().mean() - 1) < 0.1 and abs(sizes.mean() - 0.8) < 0.05
@@ -535,28 +569,29 @@ def test_the_noise_on_plans_is_of_their_deviation_at_that_moment(tmp_path, monke
     class Watched(Compressor):
         def forward(self, features, noise):
             z_sem, kl = super().forward(features, noise)
-            if self.training:
+            if z_sem.device.type != "meta":  # there FLOPs are counted
                 seen.append((self.std.flatten().clone(), z_sem.detach().std((0, 2, 3, 4))))
             return z_sem, kl
 
-    monkeypatch.setattr("run.Compressor", Watched)
+    monkeypatch.setattr("stages.Compressor", Watched)
     monkeypatch.setattr(train, "MEASURE_EVERY", 4)
     settings = ["stages.latent.steps=12", "stages.latent.batch=64", "stages.latent.lr=0.02"]
     run = one_clip(tmp_path, "latent", 64, *settings)
-    train.train_stage(run, "latent", few(run), seed=0)
-    said, true = (torch.stack(x)[1:] for x in zip(*seen, strict=True))  # the first counts FLOPs
+    run.forget("latent")
+    train.train(run, ["latent"], few(run), seed=0)
+    said, true = (torch.stack(x) for x in zip(*seen, strict=True))
     assert (true[-1] / true[0]).log().abs().max() > 0.1  # it does change
     assert (said[::4] / true[::4]).log().abs().max() < 0.25  # another batch, of few clips
 
 
 def test_the_planner_learns_normalised_plans(tmp_path):
     run = one_clip(tmp_path, "semantic", 50)
-    compressor = run.painter["compressor"]
+    compressor = run.compressor
     compressor.mean += torch.arange(compressor.config.channels).reshape(-1, 1, 1, 1)
     compressor.std *= 2.5
     surely(compressor)
     _, logs, modules = shown(run, "semantic")
-    plan = compressor.encode(encoded(run, few(run), 1).features([0]))
+    plan = compressor.encode(source_for(run, "latent", 1).features([0]))
     data = (plan - compressor.mean) / 2.5
     noise = drawn_noise(modules["dit"], data)
     assert abs(noise[modules["dit"].t > 0.2].std() - 1) < 0.05
@@ -600,7 +635,8 @@ def test_the_planner_leaves_the_painters_compressor_alone(trained, tmp_path):
     train.train(run, ["semantic"], few(run), seed=0)
     for stage in NEEDS["semantic"]:
         assert run.weights_file(stage).read_bytes() == trained.weights_file(stage).read_bytes()
-    assert not any(p.requires_grad for p in run.painter.parameters())
+    for part in (run.painter, run.compressor):
+        assert not any(p.requires_grad for p in part.parameters())
 
 
 def test_one_batch_can_be_learned_by_heart(trained, tmp_path):
@@ -608,16 +644,17 @@ def test_one_batch_can_be_learned_by_heart(trained, tmp_path):
     settings = [f"stages.latent.{k}_dropout=0" for k in ("text", "context")]
     run = copy_of(trained, tmp_path, NEEDS["latent"], "stages.latent.batch=4", *settings)
     torch.manual_seed(0)
-    losses = DiffusionLoss(run, "latent", encoded(run, few(run), 8)).train()
-    optimizers = build_optimizers(losses, run.config.stages.latent)
+    modules = learner(run.config, "latent").train()
+    optimizers = build_optimizers(modules, run.config.stages.latent)
+    inputs = modules.draw(source_for(run, "latent"), Rows(range(4), 0, "latent", 0))
     flows = []
     for _ in range(100):
-        loss, logs = computed(losses)
+        loss, logs = modules(**inputs)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        flows.append(logs["flow"].item())
+        flows.append(logs["flow"].mean().item())
     assert flows[-1] < 0.1 * flows[0], f"{flows[0]:.3f} -> {flows[-1]:.3f}"
 
 
@@ -648,8 +685,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(trained, tmp_
         train.train(run, ["latent"], few(run), seed=0)
     said = str(error.value)
     assert "3 steps in a row, the last at step 5; t from 0." in said and "\n" not in said
-    losses = DiffusionLoss(run, "latent", encoded(run, few(run), 8))
-    assert f"clips {losses.indices(step_generator(0, 'latent', 4)).tolist()} ..." in said
+    indices = Rows(range(8), 0, "latent", 4).indices(8)
+    assert f"clips {indices} ..." in said
     assert not run.has("latent") and run.load_state("latent")["step"] == 4
     state = run.load_state("latent")  # the weights are those after step 2
     monkeypatch.undo()
@@ -664,14 +701,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(trained, tmp_
 
 def spoil(monkeypatch, steps):
     """Make the painter's loss infinite at some steps (counted from 1)."""
-    forward, taken = DiffusionLoss.forward, []
+    forward, taken = Painter.forward, []
 
     def spoilt(self, **inputs):
         loss, logs = forward(self, **inputs)
-        taken.append(1)
-        return loss * (math.inf if len(taken) - 1 in steps else 1), logs  # one more to count flops
+        if loss.device.type != "meta":  # there FLOPs are counted
+            taken.append(1)
+        return loss * (math.inf if len(taken) in steps else 1), logs
 
-    monkeypatch.setattr(DiffusionLoss, "forward", spoilt)
+    monkeypatch.setattr(Painter, "forward", spoilt)
 
 
 def test_a_single_bad_step_is_skipped_and_counted(trained, tmp_path, monkeypatch):
@@ -801,18 +839,21 @@ def test_vae_and_encoder_may_learn_from_pieces_of_long_clips(tmp_path, monkeypat
     """Of a world of stories they see single events; the generators see whole clips."""
     seen = {}
 
-    def recorded(run, stage, dataset, clips):
-        seen[stage] = dataset.config
-        return stage_loss(run, stage, dataset, clips)
+    def recorded(stage, *others):
+        seen[stage] = source_of(stage, *others)
+        return seen[stage]
 
-    stage_loss = train.stage_loss
-    monkeypatch.setattr(train, "stage_loss", recorded)
+    source_of = train.source_of
+    monkeypatch.setattr(train, "source_of", recorded)
     settings = ["data.frames=16", "data.events=2", "vae.span=2", "encoder.span=1", "text.words=20"]
     settings += [f"stages.{stage}.pieces=2" for stage in ("vae", "encoder")]
-    run = Run.create(tmp_path, micro(*settings, *(f"stages.{s}.steps=1" for s in STAGES)))
+    run = Run.create(tmp_path, micro(*settings, *(f"stages.{s}.steps=1" for s in ORDER)))
     train.train(run, ["semantic"], few(run), seed=0)
-    assert {(d.frames, d.events) for d in (seen["vae"], seen["encoder"])} == {(8, 1)}
-    assert {(d.frames, d.events) for d in (seen["latent"], seen["semantic"])} == {(16, 2)}
+    for stage in ("vae", "encoder"):
+        assert (seen[stage].config.frames, seen[stage].config.events) == (8, 1)
+    for stage in ("latent", "semantic"):
+        assert seen[stage].latents([0])[0].shape[2:] == run.config.latent_grid()
+        assert seen[stage].captions([0]) == few(run).captions([0])  # of both events
     with pytest.raises(UserError, match="do not divide"):
         train.shorter(few(run), 3)
 
@@ -825,13 +866,13 @@ LONG = ["data.frames=32", "data.events=2", "vae.span=2", "encoder.span=1", "text
 @pytest.mark.parametrize("stage", ["latent", "base", "semantic"])
 def test_a_step_learns_from_a_stretch_where_both_streams_start_together(tmp_path, stage):
     run = random_run(tmp_path, *LONG, f"stages.{stage}.pieces=2", f"stages.{stage}.clips=4")
-    clips = encoded(run, few(run), 4)
-    losses = DiffusionLoss(run, stage, clips)
+    clips = source_for(run, stage, 4)
+    modules = learner(run.config, stage, compressor=run.compressor)
     starts = set()
     for step in range(30):
-        rng = step_generator(0, stage, step)
-        indices = losses.indices(rng)
-        inputs = losses.draw(step_generator(0, stage, step), slice(None))
+        rows = range(run.config.stages.latent.batch)
+        indices = Rows(rows, 0, stage, step).indices(4)
+        inputs = modules.draw(clips, Rows(rows, 0, stage, step))
         start = float(inputs["start"])  # seconds, of 4
         starts.add(start)
         found = {}
@@ -847,14 +888,14 @@ def test_a_step_learns_from_a_stretch_where_both_streams_start_together(tmp_path
         noised = inputs["plan_noise" if stage == "semantic" else "latents"]
         assert inputs["noise"].shape == noised.shape
     assert starts == {0.0, 1.0, 2.0}
-    assert torch.isfinite(losses(**inputs)[0])
+    assert torch.isfinite(modules(**inputs)[0])
 
 
 def test_a_rows_stretch_does_not_depend_on_how_a_batch_is_cut(tmp_path):
     run = random_run(tmp_path, *LONG, "stages.latent.pieces=2", "stages.latent.clips=4")
-    losses = DiffusionLoss(run, "latent", encoded(run, few(run), 4))
-    whole = losses.draw(step_generator(0, "latent", 3), slice(None))
-    rows = losses.draw(step_generator(0, "latent", 3), slice(1, 2))
+    clips, modules = source_for(run, "latent", 4), learner(run.config, "latent")
+    whole = modules.draw(clips, Rows(range(3), 0, "latent", 3))
+    rows = modules.draw(clips, Rows(range(1, 2), 0, "latent", 3))
     assert all(torch.equal(rows[name], whole[name][1:2]) for name in whole if name != "start")
     assert rows["start"] == whole["start"]
 
@@ -869,7 +910,8 @@ def test_a_rows_stretch_does_not_depend_on_how_a_batch_is_cut(tmp_path):
 def test_stretches_that_do_not_fit_are_one_line(tmp_path, settings, stretches):
     run = random_run(tmp_path, *settings)
     with pytest.raises(UserError, match=f"{stretches} equal stretches, which do not divide by it"):
-        DiffusionLoss(run, "latent", encoded(run, few(run), 4))
+        rows = Rows(range(2), 0, "latent", 0)
+        learner(run.config, "latent").draw(source_for(run, "latent", 4), rows)
 
 
 @pytest.mark.parametrize(

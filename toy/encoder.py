@@ -3,6 +3,7 @@
 It stands in for Qwen2.5-VL's vision tower (Sec. 3.2), which was trained by language alignment too.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from data import to_float
+from plumbing.seeds import Rows
 from semantic import pair_grid
 
 
@@ -140,12 +143,36 @@ class Captioner(nn.Module):
     def loss(self, features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return next-word cross-entropy, summed over a caption, and whether it is right in full.
 
-        features: (B, d, S, hs, ws); ids: (B, words + 1) of `tokenize`. Returns (B,), (B,) 0 or 1.
+        features: (B, d, S, hs, ws); ids: (B, M) of `tokenize`, perhaps cut after the longest
+        caption. Returns (B,), (B,) 0 or 1.
         """
-        lengths = self.lengths(ids)
-        ids = ids[:, : int(lengths.max())]  # (B, M)
         logits = self(features, F.pad(ids[:, :-1], (1, 0), value=self.end)).float()
-        counted = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]  # (B, M)
-        loss = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+        counted = torch.arange(ids.shape[1], device=ids.device) < self.lengths(ids)[:, None]
+        loss = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")  # (B, M)
         right = (logits.argmax(-1) == ids) | ~counted
         return (loss * counted).sum(1), right.all(1).float()
+
+
+class EncoderLearner(nn.ModuleDict):
+    """The stage `encoder`: captions of fresh clips, predicted word by word from the features."""
+
+    def __init__(self, config: TinyEncoderConfig, size: tuple[int, int, int], captions):
+        """size: of the low-rate video. captions: some of the dataset's, of all words in it."""
+        vocabulary = sorted({word for caption in captions for word in caption.lower().split()})
+        captioner = Captioner(config, vocabulary)
+        super().__init__({"encoder": TinyEncoder(config), "captioner": captioner})
+        self.tokens = math.prod(config.grid(*size))  # of a clip
+        # A constant, not the batch's own mean: so a row's loss does not depend on its company.
+        lengths = [min(len(caption.split()), config.caption_words) + 1 for caption in captions]
+        self.words = sum(lengths) / max(1, len(lengths))
+
+    def draw(self, dataset, rows: Rows) -> dict[str, Tensor]:
+        indices = rows.indices(len(dataset))
+        ids = self["captioner"].tokenize(dataset.captions(indices))
+        longest = int(Captioner.lengths(ids).max())
+        return {"video": dataset.semantic_video(indices), "ids": ids[:, :longest]}
+
+    def forward(self, video: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """video: (B, 3, F, H, W) uint8; ids: (B, M). Returns the mean loss of a word."""
+        loss, exact = self["captioner"].loss(self["encoder"](to_float(video)), ids)  # (B,), (B,)
+        return loss.mean() / self.words, {"exact": exact}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plumbing.seeds import piece_seed
+from plumbing.seeds import text_seed
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class HashTextConfig:
 @lru_cache(maxsize=4096)
 def piece_vector(piece: str, dim: int) -> np.ndarray:
     """Return the fixed random vector of a string, (dim,), N(0, 1)."""
-    generator = np.random.default_rng(piece_seed(piece))
+    generator = np.random.default_rng(text_seed(piece))
     return generator.standard_normal(dim).astype(np.float32)
 
 

@@ -1,5 +1,6 @@
 """A video VAE in miniature: a small 3D KL VAE to train from scratch (Sec. 3.1)."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from data import to_float
+from plumbing.seeds import Rows
 from semantic import gaussian_kl
 from vae import normalise_posterior
 
@@ -148,3 +151,22 @@ class TinyVAE(nn.Module):
     def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the same video, one stretch after the other."""
         yield from map(self.decode, self._stretches(latents))
+
+
+class VAELearner(nn.ModuleDict):
+    """The stage `vae`: reconstruction and KL of fresh clips."""
+
+    def __init__(self, config: TinyVAEConfig, size: tuple[int, int, int]):
+        super().__init__({"vae": TinyVAE(config)})
+        self.tokens = math.prod(config.grid(*size))  # of a clip
+
+    def draw(self, dataset, rows: Rows) -> dict[str, Tensor]:
+        video = dataset.batch(rows.indices(len(dataset))).video  # (B, 3, F, H, W) uint8
+        config = self["vae"].config
+        return {
+            "video": video,
+            "noise": rows.normal(config.channels, *config.grid(*video.shape[2:])),
+        }
+
+    def forward(self, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self["vae"].loss(to_float(video), noise)

@@ -1,0 +1,76 @@
+"""Parts that come with released weights: the flags that name them, their sizes, and the parts.
+
+The paper's own parts (Sec. 3.1, 3.2) are ready-made: a semantic encoder, a VAE, a text encoder. The
+user names their weights; sizes and digests are read off them and kept in a run's configuration.
+"""
+
+import argparse
+
+import torch
+from torch import nn
+
+from config import Config
+from plumbing.files import UserError
+from semantic import ENCODERS, PretrainedEncoderConfig, describe_encoder
+from text import UMT5, UMT5Config, describe_text
+from vae import WanVAE, WanVAEConfig, describe_vae
+
+RELEASED = (PretrainedEncoderConfig, WanVAEConfig, UMT5Config)  # not trained here
+FLAGS = {  # part -> (flags that name its weights, how to describe them, what fits)
+    "encoder": (
+        ("--qwen", "--encoder"),
+        describe_encoder,
+        "Qwen/Qwen2.5-VL-3B-Instruct, -7B-Instruct or -72B-Instruct",
+    ),
+    "vae": (("--vae",), describe_vae, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    "text": (("--text",), describe_text, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+}
+
+
+def flag(part: str) -> str:
+    """Return the flag that names a part's weights."""
+    return FLAGS[part][0][0]
+
+
+def describe(part: str, weights: str):
+    """Return the configuration of released weights, in a folder or under a hub id."""
+    return FLAGS[part][1](weights)
+
+
+def add_part_flags(parser: argparse.ArgumentParser):
+    """Add the flags that name released weights."""
+    for part, (flags, _, fits) in FLAGS.items():
+        parser.add_argument(
+            *flags, dest=part, metavar="PATH_OR_ID", help=f"released weights, such as {fits}"
+        )
+
+
+def parts_from_flags(args: argparse.Namespace) -> dict[str, object]:
+    """Return {part: configuration} of the parts whose weights the flags name."""
+    named = {part: getattr(args, part) for part in FLAGS if getattr(args, part) is not None}
+    if empty := [FLAGS[part][0][0] for part, weights in named.items() if not weights]:
+        raise UserError(f"{empty[0]}: the name is empty; a folder of weights or a hub id")
+    return {part: FLAGS[part][1](weights) for part, weights in named.items()}
+
+
+def check_weights_named(config: Config):
+    """Raise UserError, naming flags and what fits them, where released weights are not named."""
+    missing = []
+    for part, (flags, _, fits) in FLAGS.items():
+        chosen = getattr(config, part)
+        if isinstance(chosen, RELEASED) and not chosen.weights:
+            missing.append(f"{flags[0]} PATH_OR_ID ({fits})")
+    if missing:
+        names = ", ".join(missing)
+        raise UserError(f"preset {config.preset} needs weights: {names}; --tiny needs none")
+
+
+def load_released(config, device: torch.device) -> nn.Module:
+    """Return the part that a configuration describes, frozen; UserError for an unknown encoder."""
+    if isinstance(config, WanVAEConfig):
+        return WanVAE(config, device)
+    if isinstance(config, UMT5Config):
+        return UMT5(config, device)
+    if config.kind not in ENCODERS:
+        raise UserError(f"an encoder {config.kind!r} is not known here")
+    return ENCODERS[config.kind](config, device)

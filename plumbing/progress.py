@@ -1,0 +1,75 @@
+"""Where a stage of training is, and what it has by then: all that a training state holds."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from plumbing.files import UserError, last_line
+from plumbing.folder import write_state
+from plumbing.processes import Team, get_state, local, set_state, shared_like, whole
+from plumbing.seeds import Rows
+
+# What torch and our own checks raise where a state is not one of this stage.
+WRONG = (LookupError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
+KEPT = ("step", "bad", "seconds", "seed", "of", "pending", "data", "made_of")
+
+
+class Progress:
+    """A stage in training."""
+
+    def __init__(self, stage: str, modules: nn.ModuleDict, wrapped: nn.Module, **known):
+        """modules: what learns; wrapped: the same, shared among processes.
+
+        known: `optimizers`, `seed`, `of` (the steps it is to have), `clips` (of which it draws),
+        `data` (what they are) and `made_of` (the weights it is trained on).
+        """
+        self.stage, self.modules, self.wrapped = stage, modules, wrapped
+        self.optimizers: list[torch.optim.Optimizer] = known["optimizers"]
+        self.seed, self.of, self.clips = known["seed"], known["of"], known["clips"]
+        self.data, self.made_of = known["data"], known["made_of"]
+        self.ema = {name: x.detach().clone() for name, x in modules.state_dict().items()}
+        self.parameters = [p for p in modules.parameters() if p.requires_grad]
+        self.step = self.bad = 0  # steps done; of these the last so many were skipped
+        self.seconds = 0.0  # of training, over all sittings
+        self.pending: list[dict] = []  # logs of steps that have no line in metrics.jsonl yet
+
+    def rows(self, rows: range, step: int) -> Rows:
+        """Return the random numbers of some rows of a step's batch."""
+        return Rows(rows, self.seed, self.stage, step)
+
+    def whole_ema(self) -> dict[str, Tensor]:
+        """Return the EMA weights on the CPU; every process must ask."""
+        return {name: whole(x).cpu() for name, x in self.ema.items()}
+
+    def save(self, path: Path, team: Team):
+        """Write a state; the old one stays until the new one is complete."""
+        state = get_state(self.modules, self.optimizers)
+        state["ema"] = self.whole_ema()
+        if team.first:
+            write_state(path, state | {name: getattr(self, name) for name in KEPT})
+
+    def load(self, path: Path, state: dict):
+        """Go on from a state that was read from path; UserError if it does not fit."""
+        try:
+            seed = state["seed"]
+            self.step, self.bad = int(state["step"]), int(state["bad"])
+            self.seconds, self.pending = float(state["seconds"]), list(state["pending"])
+            if not 0 <= self.bad <= self.step or not 0 <= self.seconds < math.inf:
+                raise ValueError(f"step {self.step}, {self.bad} skipped, {self.seconds} s")
+            if not all(isinstance(x, float) for logs in self.pending for x in logs.values()):
+                raise ValueError("its logs are no numbers")
+            if state["modules"].keys() != self.ema.keys() or not state["optimizers"]["state"]:
+                raise ValueError("it has other weights")
+            set_state(self.modules, self.optimizers, state)
+            for name, x in self.ema.items():
+                if state["ema"][name].shape != x.shape:
+                    raise ValueError(f"its {name} has another shape")
+                local(x).copy_(local(shared_like(state["ema"][name], x)))
+        except WRONG as error:
+            raise UserError(
+                f"{path} does not fit this run ({last_line(error)}): --fresh starts over"
+            ) from None
+        if seed != self.seed:
+            raise UserError(f"{path.parent} was begun with --seed {seed}: give it, or --fresh")

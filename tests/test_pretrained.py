@@ -501,6 +501,14 @@ def test_a_quantised_language_model_does_not_matter(tmp_path, checkpoint, tower)
     assert load_tower(folder).encode(video).equal(tower.encode(video))
 
 
+def test_of_a_tensor_in_two_shards_the_index_names_the_one(tmp_path, checkpoint, tower):
+    folder = copied(checkpoint, tmp_path / "x")
+    other = load_file(folder / SHARDS[0])[FIRST] + 1
+    edit_tensors(folder / SHARDS[1], lambda x: x.update({FIRST: other}))
+    video = to_float(random_video(1, 2, 28, 84))
+    assert load_tower(folder).encode(video).equal(tower.encode(video))
+
+
 def test_an_index_of_shards_that_are_not_there_is_a_leftover(tmp_path, checkpoint, tower):
     """A file of all tensors beside it is read; beside the shards it is not needed."""
     folder = copied(checkpoint, tmp_path / "x")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import PRESETS, Config, StageConfig, override, preset
@@ -89,9 +90,9 @@ def begin(
     """Return a stage where its state left it, or at its first step, set up as its fields say."""
     config: StageConfig = getattr(run.config.stages, stage)
     torch.manual_seed(text_seed(f"{seed} {stage}") % 2**63)  # initial weights
-    captions = source.captions(range(min(4096, len(source)))) if stage == "encoder" else ()
     compressor = run.compressor if stage == "semantic" else None
-    modules = learner(run.config, stage, captions, compressor).to(run.device).train()
+    modules = learner(run.config, stage, some_captions(source), compressor)
+    modules.to(run.device).train()
     if stage == "latent":
         modules["compressor"].set_feature_statistics(some_features(run, source, 2**15))
     set_up(modules, config)
@@ -128,6 +129,11 @@ def set_up(modules: nn.ModuleDict, config: StageConfig):
             network.compile()
 
 
+def some_captions(source) -> list[str]:
+    """Return captions that have all usual words."""
+    return source.captions(range(min(4096, len(source))))
+
+
 def some_features(run: Run, clips, tokens: int) -> Tensor:
     """Return features of about so many tokens, (clips, d, S, hs, ws): enough for statistics."""
     enough = max(1, tokens // run.config.plan_tokens())
@@ -140,12 +146,12 @@ def count_flops(run: Run, progress: Progress, source, rows: Sequence[range]) -> 
     Of matrix products, attention and convolutions, counted on a twin without data; recomputation
     is not counted.
     """
-    config, captions = run.config, source.captions([0])
+    config = run.config
     with torch.device("meta"):
         compressor = Compressor(config.encoder.dim, config.compressor)
-        twin = learner(config, progress.stage, captions, compressor)
+        twin = learner(config, progress.stage, some_captions(source), compressor)
     inputs = progress.modules.draw(source, progress.rows(rows[0], 0))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         twin(**moved(inputs, torch.device("meta")))[0].backward()
     return counter.get_total_flops() * len(rows)
 

@@ -5,6 +5,7 @@ EMA, optimizer states and metrics. The diffusion losses are recomputed from what
 network was shown: with a single clip the data is known, so the noise follows from z_t and t.
 """
 
+import itertools
 import json
 import math
 import os
@@ -13,27 +14,36 @@ import shutil
 import signal
 import subprocess
 import sys
-from itertools import chain
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_run import MICRO, call, micro, modules_of, one_line, random_run
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import run as run_module
+import sample
 import train
+from data import Folder
 from flow import shift_time
 from optim import build_optimizers, ema_decay, lr_factor, update_ema
+from plumbing.device import computing, prepared_ahead
 from plumbing.files import UserError
 from plumbing.metrics import Metrics
+from plumbing.processes import Team
+from plumbing.progress import Progress
 from plumbing.seeds import Rows
 from prepare import clips_in_memory
-from run import Run
+from run import Run, export
 from semantic import Compressor
-from stages import NEEDS, ORDER, Painter, learner
+from stages import NEEDS, ORDER, RECIPE, Painter, learner
 from toy.world import World
 
 ROOT = Path(__file__).parent.parent
@@ -430,7 +440,7 @@ def test_every_parameter_has_exactly_one_optimizer(trained, stage, optimizer):
     names = {id(p): name for name, p in modules.named_parameters()}
     held = [[names[id(p)] for g in o.param_groups for p in g["params"]] for o in optimizers]
     trainable = [name for name, p in modules.named_parameters() if p.requires_grad]
-    assert sorted(chain(*held)) == sorted(trainable)
+    assert sorted(itertools.chain(*held)) == sorted(trainable)
     matrices = {n for n, p in modules.named_parameters() if ".blocks." in n and p.ndim == 2}
     if optimizer == "adamw":
         assert [type(o) for o in optimizers] == [torch.optim.AdamW]
@@ -931,3 +941,248 @@ def test_attention_by_flag(tmp_path, monkeypatch, preset, attention, window):
     arguments = ["--stage", "base", "--preset", preset, "--out", tmp_path, *flags]
     assert call(train.main, *arguments) == 0
     assert seen[0].latent.window == window
+
+
+# --- what belongs together ----------------------------------------------------------------------
+
+
+def command_line(out: Path, stage: str, *others) -> list:
+    """Return train.py's arguments for a stage of a micro run of one step of each stage."""
+    steps = [f"stages.{s}.steps=1" for s in ORDER if s != stage]
+    return ["--stage", stage, "--tiny", "--out", out, "--set", *MICRO, *steps, *others]
+
+
+@pytest.fixture
+def chain(trained, tmp_path) -> Run:
+    """A run with all its stages, which knows that they belong together."""
+    return Run(Path(shutil.copytree(trained.path, tmp_path / "chain")), trained.config)
+
+
+@pytest.mark.parametrize("again", ["vae", "encoder", "latent"])
+def test_a_stage_trained_on_older_weights_is_out_of_date(chain, capsys, again):
+    """By training, sampling, evaluation and export alike: one line that says what to do."""
+    longer = Run.create(chain.path, micro(f"stages.{again}.steps=8"))
+    train.train(longer, [again], few(chain), seed=0)
+    late = [s for s in ORDER if again in NEEDS[s]]
+    for stage in late:
+        with pytest.raises(
+            UserError, match=rf"trained on another {again} .*--stage {stage} .*--fr"
+        ):
+            longer.check_chain(stage)
+        with pytest.raises(UserError, match=f"{stage} was trained on another"):
+            train.train(Run.open(chain.path), [stage], few(chain), seed=0)
+    capsys.readouterr()
+    for main, *arguments in (
+        (sample.main, "--run", chain.path, "--out", chain.path / "x.png"),
+        (run_module.main, "export", chain.path, chain.path / "copy"),
+    ):
+        assert call(main, *arguments) == 2
+        one_line(capsys, f"trained on another {again}", "do not belong together", "--fresh")
+    assert not (chain.path / "copy").exists() and not (chain.path / "x.png").exists()
+
+
+def test_a_state_begun_on_older_weights_does_not_go_on(trained, tmp_path):
+    run = copy_of(trained, tmp_path, NEEDS["base"])
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 3)
+        train.train(run, ["base"], few(run), seed=0)
+    train.train(Run.create(tmp_path, micro("stages.vae.steps=3")), ["vae"], few(run), seed=1)
+    shutil.copy(trained.weights_file("vae"), tmp_path)
+    with pytest.raises(UserError, match="another vae"):
+        run.save("vae", modules_of(run, "vae").state_dict(), {})
+        train.train(Run.open(tmp_path), ["base"], few(run), seed=0)
+    assert run.load_state("base")["step"] == 3
+
+
+def test_stages_trained_in_order_belong_together_and_so_do_exported_ones(chain, tmp_path):
+    for stage in ORDER:
+        chain.check_chain(stage)
+        assert chain.note(stage)["made_of"] == {n: chain.note(n)["digest"] for n in NEEDS[stage]}
+        assert chain.note(stage)["data"]["name"] == "the synthetic world"
+    export(chain.path, tmp_path / "copy")
+    small = Run.open(tmp_path / "copy")
+    for stage in RECIPE:
+        small.check_chain(stage)
+        assert small.note(stage)["digest"] != chain.note(stage)["digest"]  # other numbers
+    shutil.copy(chain.weights_file("latent"), small.path)
+    with pytest.raises(UserError, match="semantic was trained on another latent"):
+        _ = small.planner
+
+
+def test_what_older_weights_do_not_say_is_not_compared(chain):
+    """And what is gone is not either: text to video needs no encoder."""
+    chain.weights_file("encoder").unlink()
+    chain.check_chain("semantic")
+    for stage in ("vae", "latent"):
+        save_file(weights(chain, stage), chain.weights_file(stage), {"steps": "6"})
+    assert chain.steps_of("vae") == 6 and chain.finished("latent")
+    chain.check_chain("latent")
+    with pytest.raises(UserError, match="another vae"):  # the planner does say
+        chain.check_chain("semantic")
+
+
+def test_a_preview_is_not_its_stage_finished(trained, tmp_path, capsys):
+    """What needs the stage has it trained to the end first."""
+    run = copy_of(trained, tmp_path, ("vae", "encoder"), "stages.latent.preview_every=2")
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4)
+        train.train(run, ["latent"], few(run), seed=0)
+    assert run.has("latent") and run.steps_of("latent") == 2 and not run.finished("latent")
+    capsys.readouterr()
+    train.train(Run.open(tmp_path), ["semantic"], few(run), seed=0)
+    said = capsys.readouterr().out
+    assert "semantic needs latent first" in said and "steps 4 to 6" in said
+    assert run.finished("latent") and run.finished("semantic")
+    run.check_chain("semantic")
+    assert_equal(weights(run, "latent"), weights(trained, "latent"))
+
+
+@pytest.mark.parametrize("stage", ["vae", "latent", "semantic", "base"])
+def test_another_dataset_is_refused_and_the_same_goes_on(chain, tmp_path, stage):
+    """Under the same name more videos may come; under another, the same list is the same."""
+    folder = tmp_path / "videos"
+    write_clips(folder, "one", "two")
+    run = Run.create(chain.path, micro(f"stages.{stage}.steps=7"))
+    before = run.weights_file(stage).read_bytes()
+    with pytest.raises(UserError, match=rf"{stage} learned from the synthetic world, not from .*"):
+        train.train(run, [stage], Folder(folder, run.config.data), seed=0)
+    assert run.weights_file(stage).read_bytes() == before
+    run.forget(stage)
+    train.train(run, [stage], Folder(folder, run.config.data), seed=0)
+    write_clips(tmp_path / "other", "three")
+    for other in (few(run), Folder(tmp_path / "other", run.config.data)):
+        with pytest.raises(UserError, match=rf"{stage} learned from {folder}"):
+            train.train(run, [stage], other, seed=0)
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    longer = Run.create(chain.path, micro(f"stages.{stage}.steps=8"))
+    train.train(longer, [stage], Folder(moved, run.config.data), seed=0)
+    assert longer.steps_of(stage) == 8
+
+
+def write_clips(folder: Path, *names: str):
+    """Write short animations with captions."""
+    folder.mkdir()
+    for k, name in enumerate(names):
+        frames = [Image.new("RGB", (16, 16), (8 * i, 40 * k, 99)) for i in range(16)]
+        frames[0].save(folder / f"{name}.webp", save_all=True, append_images=frames[1:])
+        (folder / f"{name}.txt").write_text(f"a {name} clip")
+
+
+def test_weights_without_their_state_are_not_overwritten(chain):
+    before = chain.weights_file("semantic").read_bytes()
+    chain.state_file("semantic").unlink()
+    longer = Run.create(chain.path, micro("stages.semantic.steps=9"))
+    with pytest.raises(UserError, match=r"semantic has weights of 6 steps but no .*state.*--fresh"):
+        train.train(longer, ["semantic"], few(chain), seed=0)
+    assert chain.weights_file("semantic").read_bytes() == before
+    train.train(chain, ["semantic"], few(chain), seed=0)  # for what it has, it needs none
+
+
+def test_a_new_number_of_steps_is_said_with_what_the_learning_rate_does(chain, capsys):
+    longer = Run.create(chain.path, micro("stages.vae.steps=12"))
+    train.train(longer, ["vae"], few(chain), seed=0)
+    lines = [x for x in capsys.readouterr().out.splitlines() if "was to have 6 steps, now 12" in x]
+    before = lr_factor(5, chain.config.stages.vae)
+    now = lr_factor(6, longer.config.stages.vae)
+    assert len(lines) == 1 and f"from {before:.0%} of its peak to {now:.0%}" in lines[0]
+    assert now > 2 * before
+    train.train(Run.open(chain.path), ["vae"], few(chain), seed=0)
+    assert "was to have" not in capsys.readouterr().out
+
+
+def test_a_second_process_is_told_who_trains_there(tmp_path, capsys):
+    """And one that was killed keeps nobody out."""
+    arguments = command_line(tmp_path, "vae")
+    arguments = [*map(str, arguments), "stages.vae.steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not (tmp_path / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert call(train.main, *arguments) == 2
+        one_line(capsys, str(tmp_path), f"process {process.pid} is training there", "--out")
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / ".lock").exists()
+    assert call(train.main, *command_line(tmp_path, "vae"), "stages.vae.steps=1") == 0
+    assert not (tmp_path / ".lock").exists()
+
+
+# --- prepared ahead -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_a_batch_prepared_ahead_is_the_one_prepared_in_turn(trained, stage):
+    source, config = source_for(trained, stage), getattr(trained.config.stages, stage)
+    captions = few(trained).captions(range(8))
+    modules = learner(trained.config, stage, captions, trained.compressor)
+    known = {"optimizers": [], "seed": 5, "of": 6, "clips": 8, "data": {}, "made_of": {}}
+    progress = Progress(stage, modules, modules, **known)
+    progress.step = 2
+    rows = Team().rows(config.batch, 3)
+    found = list(train.batches(trained, progress, source, rows))
+    assert len(found) == 4 and all(len(batch) == 3 for batch in found)
+    for step, batch in enumerate(found, 2):
+        for part, inputs in zip(rows, batch, strict=True):
+            assert_equal(inputs, modules.draw(source, Rows(part, 5, stage, step)))
+
+
+def test_the_next_batch_is_prepared_while_this_one_is_used():
+    events, ready = [], threading.Event()
+
+    def prepare(k: int) -> int:
+        events.append(f"prepared {k}")
+        if k == 1:
+            ready.set()
+        return k
+
+    for k in prepared_ahead(prepare, range(3)):
+        if k == 0:
+            assert ready.wait(10)  # not asked for yet
+        events.append(f"used {k}")
+    assert events.index("prepared 1") < events.index("used 0")
+    assert [x for x in events if x.startswith("used")] == ["used 0", "used 1", "used 2"]
+    with pytest.raises(ZeroDivisionError):
+        list(prepared_ahead(lambda k: 1 // k, [1, 0]))
+
+
+@pytest.mark.parametrize("stage", ["latent", "base", "vae", "encoder"])
+def test_flops_are_those_of_a_real_step_without_one(trained, stage):
+    source, config = source_for(trained, stage), getattr(trained.config.stages, stage)
+    modules = learner(trained.config, stage, few(trained).captions(range(8)), trained.compressor)
+    known = {"optimizers": [], "seed": 0, "of": 6, "clips": 8, "data": {}, "made_of": {}}
+    progress = Progress(stage, modules, modules, **known)
+    rows = [range(config.batch)]
+    inputs = modules.draw(source, progress.rows(rows[0], 0))
+    with FlopCounterMode(display=False) as counter, computing(trained.device, "float32"):
+        modules(**inputs)[0].backward()
+    assert train.count_flops(trained, progress, source, rows) == counter.get_total_flops() > 0
+
+
+def test_clips_are_encoded_once_for_all_stages(tmp_path, monkeypatch):
+    """The painter asks for four of them, the planner for eight."""
+    asked = []
+
+    def recorded(run, world):
+        memory = clips_in_memory(run, world)
+        for kind, encode in memory._encode.items():
+            memory._encode[kind] = lambda x, kind=kind, encode=encode: (
+                asked.extend((kind, i) for i in x) or encode(x)
+            )
+        return memory
+
+    monkeypatch.setattr(train, "clips_in_memory", recorded)
+    monkeypatch.setattr("plumbing.cache.CHUNK", 4)
+    settings = [f"stages.{s}.steps=1" for s in ORDER] + ["stages.latent.clips=4"]
+    run = Run.create(tmp_path, micro(*settings))
+    train.train(run, RECIPE, few(run), seed=0)
+    assert len(asked) == len(set(asked))
+    assert {i for kind, i in asked if kind == "features"} == set(range(8))
+    assert {i for kind, i in asked if kind == "latents"} == set(range(4))

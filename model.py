@@ -172,7 +172,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend from q (B, A, N, d) to k, v (B, A, M, d) -> (B, A, N, d)."""
     if q.device.type == "cpu" and k.shape[-2] <= 256:  # several times faster than the fused one
         weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # (B, A, N, M)
-        return weights.to(v.dtype) @ v
+        return weights @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -80,7 +80,7 @@ def inputs(config: DiTConfig, B: int = 2, frames: int = 4, side=(4, 6), seed: in
     }
     if config.context_channels:
         pairs = max(1, round(frames / config.rate * config.context_rate))
-        found["context"] = randn(B, config.context_channels, pairs, 1, 2, seed=seed + 2)
+        found["context"] = randn(B, config.context_channels, pairs, 2, 3, seed=seed + 2)
     return found
 
 
@@ -145,6 +145,12 @@ def naive_block(block: Block, x, time, text, angles, same_frame: Tensor, same_wi
     return x + block.ffn_out(F.gelu(block.ffn_in(normed(x) * scale[3])))
 
 
+def mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
+    first, _, second = layers
+    hidden = x @ first.weight.T + first.bias
+    return hidden / (1 + (-hidden).exp()) @ second.weight.T + second.bias
+
+
 def frequencies(config: DiTConfig) -> list[tuple[int, float]]:
     """Return (axis, cycles) of every pair of a head's features, as the docstring tells them."""
     pairs = config.width // config.heads // 2
@@ -185,8 +191,8 @@ def naive_dit(model: DiT, z: Tensor, t: Tensor, text: Tensor, context: Tensor | 
     waves = torch.cat([angles.cos()[:, seen], angles.sin()[:, seen]], 1)
     x = torch.stack(tokens) + model.positions.features(waves)
     waves = torch.tensor([1000 * 10 ** (-4 * i / 127) for i in range(128)]) * t
-    time = F.silu(model.time_in(torch.cat([waves.cos(), waves.sin()])))
-    text = model.text_in(text)
+    time = F.silu(mlp(model.time_in, torch.cat([waves.cos(), waves.sin()])))
+    text = mlp(model.text_in, text)
 
     def number(start: float, layer: int) -> int:  # of the window that a frame starts in
         if config.window is None:
@@ -256,6 +262,13 @@ def test_fresh_blocks_do_not_scale_with_time():
     model = DiT(PAINTER)
     for layer in [model.scale_out, *(block.scale for block in model.blocks)]:
         assert layer(randn(2, PAINTER.width)).eq(0).all()
+
+
+def test_what_tells_streams_apart_starts_at_half_a_unit():
+    """Type embeddings and the null plan are drawn from N(0, 0.5^2): as large as other features."""
+    model = DiT(replace(PAINTER, width=4096, depth=0))
+    for drawn in (*model.type_embedding, model.null_context):
+        assert drawn.std().item() == pytest.approx(0.5, rel=0.05) and abs(drawn.mean()) < 0.05
 
 
 @pytest.mark.parametrize("role", ["latent", "semantic", "base"])
@@ -354,6 +367,23 @@ def test_every_condition_matters():
     for name, x in batch.items():
         changed = model(**batch | {name: x + 0.3})
         assert apart(changed, out) > 0.05, f"{name} changes nothing"
+
+
+@pytest.mark.parametrize("window", [None, 2.0])
+def test_recomputation_gives_the_same_gradients_and_runs_blocks_twice(window):
+    model, batch = awake(replace(PAINTER, window=window)), inputs(PAINTER)
+    batch["keep_context"] = torch.tensor([True, False])
+    runs, found = [], []
+    for block in model.blocks:
+        block.scale.register_forward_hook(lambda *_: runs.append(1))
+    for model.checkpoint in (False, True):
+        runs.clear()
+        model.zero_grad()
+        model(**batch).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        assert len(runs) == len(model.blocks) * (1 + model.checkpoint)
+    for usual, recomputed in zip(*found, strict=True):
+        assert recomputed.equal(usual)
 
 
 def test_gradient_modes_give_the_same_numbers():
@@ -470,7 +500,7 @@ def test_the_dit_gives_each_stream_its_own_rate():
     model, seen = awake(PAINTER), []
     model.positions.register_forward_hook(lambda _, args, __: seen.append(args[0]))
     model(**inputs(PAINTER))
-    expected = [grid_coords(4, 2, 3, PAINTER.rate), grid_coords(2, 1, 2, PAINTER.context_rate)]
+    expected = [grid_coords(4, 2, 3, PAINTER.rate), grid_coords(2, 2, 3, PAINTER.context_rate)]
     assert_close(seen[0], torch.cat(expected), 0.0)
 
 
@@ -499,6 +529,20 @@ def test_bfloat16_autocast_is_close_to_float32(window):
         rounded = model(**batch).float()
     difference = ((rounded - out).norm() / out.norm()).item()
     assert 0 < difference < 0.03, f"relative difference {difference:.3g}"
+
+
+@torch.no_grad()
+def test_under_autocast_tokens_stay_in_bfloat16(monkeypatch):
+    """One sum with float32 would make all that follows twice as large, and slower."""
+    seen = []
+    monkeypatch.setattr(model_file, "attention", lambda *qkv: seen.extend(qkv) or attention(*qkv))
+    model, batch = awake(PAINTER), inputs(PAINTER)
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    with torch.autocast("cpu", torch.bfloat16):
+        seen.append(model(**batch))
+    assert len(seen) == len(model.blocks) * (3 * 3 + 2) + 1
+    assert {x.dtype for x in seen} == {torch.bfloat16}
 
 
 # --- attention ---------------------------------------------------------------------------------
@@ -546,6 +590,9 @@ def test_timestep_waves_differ_for_times_a_thousandth_apart():
     assert features.shape == (1001, 256)
     gaps = torch.cdist(features, features) + 10 * torch.eye(1001)
     assert gaps.min() > 1, f"nearest times differ by {gaps.min():.3g} of {math.sqrt(256):.3g}"
+    for dtype in (torch.bfloat16, torch.float64):  # t of another dtype is read in float32
+        t = torch.tensor([0.3]).to(dtype)
+        assert timestep_waves(t).equal(timestep_waves(t.float()))
     slowest = features[:, [127, 255]]
     assert (slowest.diff(dim=0)[:, 1] > 0).all()  # its sine rises all the way: no time comes twice
 

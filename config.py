@@ -96,7 +96,7 @@ class SampleConfig:
     steps: int = 20  # Euler steps of each stage
     guidance: float = 2.0  # text, stage 1
     latent_guidance: float = 2.0  # text, stage 2
-    context_guidance: float = 2.0  # plan, stage 2
+    context_guidance: float | None = 2.0  # plan, stage 2; None = the plan is dropped
     base_guidance: float = 2.0  # text, base
 
 

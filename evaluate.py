@@ -5,54 +5,51 @@
     python evaluate.py --run runs/tiny --base         # the base model instead
     python evaluate.py --run runs/tiny --sweep        # at several guidance scales
     python evaluate.py --run runs/tiny_long --long    # stories: identity, events, drift
+    python evaluate.py --run runs/tiny --dtypes       # the same samples in another precision
 
-What a video shows is read from its pixels alone (reader.py). Every score is a mean in percent:
+What a video shows is read from its pixels alone (toy/reader.py). Scores are means in percent:
 """
 
 import argparse
 import json
+from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import check_number, clip_frames
-from data import to_float, to_uint8
-from plumbing.device import computing
+from config import SampleConfig
+from flags import add_run_flags, frames_of, open_run, options_of
 from plumbing.files import UserError, check_target, command, write_file
-from run import ASSETS, Run
-from sample import generate, paint, reference_plans
-from toy.scores import DRIFT, LONG_SCORES, SCORES, choose, psnr, score, score_long, table
+from run import Run
+from sample import generate, paint, reference_plans, through_vae
+from stages import RECIPE
+from toy.scores import choose, explained, psnr, report, score, subject_consistency
 from toy.world import World
 
 PLANS = ("oracle", "shuffled", "zeroed", "dropped")  # other plans than stage 1's
-SCALES = ("guidance", "latent_guidance", "context_guidance", "base_guidance")
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)  # all scales alike in --sweep
 CHUNK = 64  # videos sampled at a time
 
 
 class Evaluation:
-    """The prompts of one split with their real clips, and ways to make videos for them."""
+    """The prompts of one split with their real clips, and ways to make videos for them.
 
-    def __init__(
-        self,
-        run: Run,
-        split: str,
-        prompts: int,
-        seed: int,
-        long: bool = False,
-        seconds: float | None = None,
-    ):
-        """long: score with LONG_SCORES. seconds: other than trained, with events as long as then"""
-        data, self.run, self.long, self.frames = run.config.data, run, long, None
-        if seconds is not None:
-            self.frames = clip_frames(run.config, seconds)
-            events = max(1, round(data.events * self.frames / data.frames))
-            data = replace(data, frames=self.frames, events=events)
+    A way returns the videos (b, 3, F, H, W) uint8 of some rows, a slice.
+    """
+
+    def __init__(self, run: Run, split: str, prompts: int, seed: int, long=False, frames=None):
+        """long: score with LONG_SCORES. frames: of a clip, with events as long as in training."""
+        data, self.run, self.long = run.config.data, run, long
+        self.frames = frames or data.frames
+        events = max(1, round(data.events * self.frames / data.frames))
         try:
-            self.world = World(data, split)
+            self.world = World(replace(data, frames=self.frames, events=events), split)
         except ValueError as error:  # it learned from real videos, of another aspect
             raise UserError(f"{run.path}: {error}") from None
         self.indices = choose(self.world, prompts)
@@ -61,125 +58,120 @@ class Evaluation:
         clips = self.world.batch(self.indices)
         self.captions, self.real, self.low_rate = clips.captions, clips.video, clips.semantic_video
 
-    def by_chunks(self, make, label: str) -> dict[str, float]:
-        """Score the videos that make(rows: slice) -> (b, 3, F, H, W) returns."""
+    def videos(self, way: Callable[[slice], Tensor], label: str) -> Tensor:
+        """Return what a way makes for all prompts, a chunk at a time, under a progress bar."""
         starts = tqdm(range(0, len(self.indices), CHUNK), label, unit="chunk", leave=False)
-        with computing(self.run.device, self.run.config.dtype):
-            videos = torch.cat([make(slice(start, start + CHUNK)).cpu() for start in starts])
-        if self.long:
-            return score_long(self.run, videos, self.scenes, self.world.config.events)
-        return score(self.run, videos, self.scenes)
+        return torch.cat([way(slice(start, start + CHUNK)).cpu() for start in starts])
 
-    def reconstructions(self, rows: slice) -> Tensor:
-        """The ceiling: real clips through the VAE."""
-        video = to_float(self.real[rows]).to(self.run.device)
-        return to_uint8(self.run.vae.decode(self.run.vae.encode(video)))
+    def scores(self, videos: Tensor) -> dict[str, float]:
+        """Return every score of videos, one for each prompt."""
+        size, encoder = self.run.config.data.semantic_size[1:], self.run.encoder
+        encode = lambda pairs: encoder.encode(pairs.to(self.run.device))  # noqa: E731
+        consistency = partial(subject_consistency, encode=encode, size=size)
+        return score(videos, self.scenes, self.world.config.events, consistency, self.long)
 
-    def from_text(self, rows: slice, **options) -> Tensor:
-        return generate(self.run, self.captions[rows], self.seeds[rows], self.frames, **options)
+    def sampled(self, rows: slice, options: SampleConfig, base=False) -> Tensor:
+        """Text -> plan -> video; base: by the base model, which has no plan."""
+        if not base:
+            return generate(self.run, self.captions[rows], self.seeds[rows], self.frames, options)
+        text = self.run.text.encode(self.captions[rows])
+        return paint(self.run, text, self.seeds[rows], None, self.frames, options)
 
-    def from_base(self, rows: slice, **options) -> Tensor:
-        return paint(self.run, self.captions[rows], self.seeds[rows], None, self.frames, **options)
-
-    def from_plans(self, rows: slice, plans: str, text: bool, **options) -> Tensor:
-        """Paint from plans that stage 1 did not make.
+    def from_plans(self, rows: slice, options: SampleConfig, plans: str, told: bool) -> Tensor:
+        """Paint from plans that stage 1 did not make; told: with the text.
 
         plans: "oracle", z_sem of the real clip; "shuffled", of the next clip in the list; "zeroed",
         all zeros; "dropped", the null context that guidance knows.
         """
-        shift = 1 if plans == "shuffled" else 0
-        low_rate = self.low_rate.roll(-shift, 0)[rows]
+        low_rate = self.low_rate.roll(-1 if plans == "shuffled" else 0, 0)[rows]
         z_sem = reference_plans(self.run, low_rate)
         if plans == "zeroed":
             z_sem = torch.zeros_like(z_sem)
         if plans == "dropped":
-            options = {**options, "context_guidance": None}
-        captions = self.captions[rows] if text else [""] * len(low_rate)
-        return paint(self.run, captions, self.seeds[rows], z_sem, self.frames, **options)
+            options = replace(options, context_guidance=None)
+        text = self.run.text.encode(self.captions[rows] if told else [""] * len(z_sem))
+        return paint(self.run, text, self.seeds[rows], z_sem, self.frames, options)
 
 
-def main():
-    explained, explained_long = (
-        "\n".join(f"  {name:<9}{how}" for name, how in kind.items())
-        for kind in (SCORES, LONG_SCORES)
-    )
-    explained_long += "\nDrift is by how much a score differs between the first 15 % of a clip and"
-    explained_long += "\nthe last (FramePack). A video that stands still has none: see moved."
+# --- the command --------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line; UserError for what cannot be, before anything is loaded."""
     parser = argparse.ArgumentParser(
-        description=f"{__doc__}{explained}\nWith --long:\n{explained_long}",
+        description=f"{__doc__}{explained()}\nWith --long:\n{explained(long=True)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--run", type=Path, default=ASSETS, help="run folder; the shipped weights")
-    parser.add_argument(
-        "--prompts", type=int, help="half with one object, half two; 512 if not given, --long: 128"
-    )
+    add_run_flags(parser)
+    how = "half with one object, half two; 512 if not given, --long: 128"
+    parser.add_argument("--prompts", type=int, help=how)
     parser.add_argument("--long", action="store_true", help="scores of clips with several events")
-    parser.add_argument("--seconds", type=float, help="with --long: another length than trained")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
-    parser.add_argument("--steps", type=int, help="Euler steps of each stage")
-    parser.add_argument(
-        "--plans",
-        nargs="*",
-        choices=PLANS,
-        help="plans that stage 1 did not make",
-    )
+    parser.add_argument("--plans", nargs="*", choices=PLANS, help="plans that stage 1 did not make")
     parser.add_argument("--base", action="store_true", help="the base model instead")
     parser.add_argument("--sweep", action="store_true", help="guidance 1, 1.5, 2, 3, 4 as well")
+    parser.add_argument("--dtypes", action="store_true", help="float32 and bfloat16, and the PSNR")
     parser.add_argument("--json", type=Path, help="write the scores there as well")
     args = parser.parse_args()
-    if args.prompts is None:
-        args.prompts = 128 if args.long else 512
-    if args.plans == []:
-        args.plans = list(PLANS)
+    args.prompts = args.prompts if args.prompts is not None else 128 if args.long else 512
+    args.plans = list(PLANS) if args.plans == [] else args.plans or []
     if args.seconds is not None and not args.long:
         raise UserError("--seconds: of --long only")
     if not 2 <= args.prompts <= 100_000:
         raise UserError(f"--prompts {args.prompts}: at least 2, one object and two; at most 100000")
     if args.base and args.plans:
         raise UserError("--base --plans: the base model knows no plans; give one of the two")
-    if args.steps is not None:
-        check_number("sample.steps", args.steps, f"--steps {args.steps}")
     if args.json:
         check_target(args.json)
-    run = Run.open(args.run)
+    return args
+
+
+def ways_of(test: Evaluation, args: argparse.Namespace, name: str) -> dict[str, Callable]:
+    """Return the ways of making videos that the command line asks for, by name; name: the main."""
+    options = options_of(test.run, args.steps)
+    ways = {
+        "real clips": lambda rows: test.real[rows],
+        "VAE reconstructions": lambda rows: through_vae(test.run, test.real[rows]),
+        name: partial(test.sampled, options=options, base=args.base),
+    }
+    for plans, told in product(args.plans, (True, False)):
+        way = partial(test.from_plans, options=options, plans=plans, told=told)
+        ways[f"{plans} plan, {'with' if told else 'no'} text"] = way
+    for g in GUIDANCE if args.sweep else ():
+        scaled = options_of(test.run, args.steps, (g,))
+        ways[f"guidance {g}"] = partial(test.sampled, options=scaled, base=args.base)
+    return ways
+
+
+def main():
+    args = arguments()
+    run = open_run(args, ("vae", "encoder", *(("base",) if args.base else RECIPE[2:])))
     _ = run.vae, run.encoder, run.base if args.base else (run.painter, run.planner)  # or say so now
-    options = {"steps": args.steps} if args.steps else {}
-    kind = {"long": args.long, "seconds": args.seconds}
-    test = Evaluation(run, "test", args.prompts, args.seed, **kind)
+    kind = (args.prompts, args.seed, args.long, frames_of(run, args.seconds))
+    test, held_out = (Evaluation(run, split, *kind) for split in ("test", "held_out"))
     train = set(World(run.config.data, "train").captions(range(run.config.stages.latent.clips)))
     new = sum(caption not in train for caption in test.captions)
     print(f"{len(test.captions)} prompts, {new} of them not among the training captions")
-
-    held_out = Evaluation(run, "held_out", args.prompts, args.seed, **kind)
-    make, name = Evaluation.from_text, "text -> plan -> video"
-    if args.base:
-        make, name = Evaluation.from_base, "base: text -> video"
-    ways = {
-        "real clips": lambda rows: test.real[rows],
-        "VAE reconstructions": test.reconstructions,
-        name: lambda rows: make(test, rows, **options),
-    }
-    for plans in args.plans or ():
-        for text, words in ((True, "with text"), (False, "no text")):
-            ways[f"{plans} plan, {words}"] = lambda rows, plans=plans, text=text: test.from_plans(
-                rows, plans, text, **options
-            )
-    for g in GUIDANCE if args.sweep else ():
-        scales = dict.fromkeys(SCALES, g)
-        ways[f"guidance {g}"] = lambda rows, scales=scales: make(test, rows, **options, **scales)
-    rows = {name: test.by_chunks(way, name) for name, way in ways.items()}
-    rows["never-shown combinations"] = held_out.by_chunks(
-        lambda rows: make(held_out, rows, **options), "never-shown combinations"
-    )
-    vae_psnr = psnr(test.reconstructions(slice(0, CHUNK)).cpu(), test.real[:CHUNK])
-    print(table(rows, (*LONG_SCORES,) if args.long else (*SCORES,)))
-    if args.long:
-        print("\ndrift of\n" + table(rows, [f"drift of {name}" for name in DRIFT]))
-    print(f"\nPSNR of the first {len(test.real[:CHUNK])} VAE reconstructions: {vae_psnr:.1f} dB")
-    print("\n" + (explained_long if args.long else explained))
+    name = "base: text -> video" if args.base else "text -> plan -> video"
+    ways, unseen = ways_of(test, args, name), ways_of(held_out, args, name)[name]
+    dtype = "bfloat16" if run.config.dtype == "float32" else "float32"
+    if args.dtypes:
+        other = copy(run)
+        other.config = replace(run.config, dtype=dtype)
+        ways[dtype] = ways_of(Evaluation(other, "test", *kind), args, name)[name]
+    videos = {label: test.videos(way, label) for label, way in ways.items()}
+    rows = {label: test.scores(made) for label, made in videos.items()}
+    label = "never-shown combinations"
+    rows[label] = held_out.scores(held_out.videos(unseen, label))
+    print(report(rows, args.long))
+    decibels = psnr(videos["VAE reconstructions"][:CHUNK], test.real[:CHUNK])
+    print(f"\nPSNR of the first {min(CHUNK, args.prompts)} VAE reconstructions: {decibels:.1f} dB")
+    if args.dtypes:
+        rows[dtype]["psnr"] = difference = psnr(videos[dtype], videos[name])
+        print(f"PSNR between samples in {run.config.dtype} and in {dtype}: {difference:.1f} dB")
+    print(f"\n{explained(args.long)}")
     if args.json:
-        content = {"run": str(args.run), "prompts": args.prompts, "seed": args.seed, **kind}
-        content |= {"vae_psnr": vae_psnr, "scores": rows}
+        asked = {name: getattr(args, name) for name in ("prompts", "seed", "long", "seconds")}
+        content = {"run": str(args.run), **asked, "vae_psnr": decibels, "scores": rows}
         write_file(args.json, json.dumps(content, indent=1).encode())
 
 

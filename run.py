@@ -197,6 +197,17 @@ class Run:
                     f"--preset {self.config.preset} --out {self.path} --fresh"
                 )
 
+    def check_there(self, stage: str):
+        """Raise UserError if a trained stage has no weights, or some that do not belong here."""
+        if self.released(stage):
+            return
+        if not self.has(stage):
+            raise UserError(
+                f"{self.path} has no {stage}.safetensors yet: python train.py --stage {stage} "
+                f"--preset {self.config.preset} --out {self.path}"
+            )
+        self.check_chain(stage)
+
     def identity(self) -> dict[str, object]:
         """Return all that decides how a clip is encoded: fields of data and parts, and digests."""
         found = {}
@@ -254,12 +265,7 @@ class Run:
     def _load(self, stage: str, module: str, kind: type[nn.Module], *configs) -> nn.Module:
         """Return a trained part, frozen; UserError if its weights are missing or do not fit."""
         file = self.weights_file(stage)
-        if not self.has(stage):
-            raise UserError(
-                f"{self.path} has no {file.name} yet: python train.py --stage {stage} "
-                f"--preset {self.config.preset} --out {self.path}"
-            )
-        self.check_chain(stage)
+        self.check_there(stage)
         with torch.random.fork_rng():  # initial values do not touch the caller's random numbers
             part = kind(*configs)
         try:

@@ -8,37 +8,34 @@ a reference (Fig. 4), z_sem comes from a real video through encoder and compress
     python sample.py --reference clip.mp4
 
 Every sample has its own noise, fixed by seed and prompt: it does not depend on what else is drawn.
+Networks compute in the run's dtype, the solver in float32.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from config import check_number, clip_frames
 from data import reference_clip, to_float, to_uint8
+from flags import add_run_flags, frames_of, open_run, options_of
 from flow import euler, guidance_weights
-from parts import add_part_flags, parts_from_flags
-from plumbing.files import UserError, check_target, command, require
-from plumbing.seeds import text_seed
-from plumbing.sheet import contact_sheet, shown_frames
+from plumbing.device import computing
+from plumbing.files import UserError, check_target, command, one_line, require
+from plumbing.seeds import draw_noise, text_seed
+from plumbing.sheet import contact_sheet, picked, shown_frames
 from plumbing.video import write_video
-from run import ASSETS, Run
-from vae import VideoVAE
+from run import Run
+from stages import RECIPE
 
 PROMPTS = ("a red circle moves left and a blue square grows",)  # where the user names none
 SUFFIXES = (".gif", ".webp", ".png", ".mp4")
 
 
-def guided(
-    dit: torch.nn.Module,
-    text: Tensor,
-    guidance: float,
-    context: Tensor | None = None,
-    context_guidance: float | None = 1.0,
-) -> Callable[[Tensor, Tensor], Tensor]:
+def guided(dit: nn.Module, text: Tensor, guidance: float, context=None, context_guidance=1.0):
     """Return velocity(z, t) with guidance, first towards the plan, if any, then the text.
 
     text: (B, L, dim); context: (B, K, S, hs, ws). Conditions that weigh anything run as one batch.
@@ -51,104 +48,95 @@ def guided(
         scales = (context_guidance, guidance)
     weights = guidance_weights(*scales)
     used = [(weight, *kept) for weight, kept in zip(weights, keep, strict=True) if weight]
-    texts = torch.cat([text * kept_text for _, kept_text, _ in used])  # the null text is zero
+    n, texts = len(used), torch.cat([text * told for _, told, _ in used])  # the null text is zero
+    conditions = {}
+    if context is not None:
+        kept = torch.tensor([plan for *_, plan in used], device=context.device)
+        conditions["context"] = context.repeat(n, 1, 1, 1, 1)
+        conditions["keep_context"] = kept.repeat_interleave(len(context))
 
     def velocity(z: Tensor, t: Tensor) -> Tensor:
-        n = len(used)
-        conditions = {}
-        if context is not None:
-            kept = torch.tensor([kept for *_, kept in used], device=z.device)
-            conditions = {
-                "context": context.repeat(n, 1, 1, 1, 1),
-                "keep_context": kept.repeat_interleave(len(z)),
-            }
         out = dit(z.repeat(n, 1, 1, 1, 1), t.repeat(n), texts, **conditions).float()
         return sum(w * v for (w, *_), v in zip(used, out.chunk(n), strict=True))
 
     return velocity
 
 
-def draw_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return N(0, 1) noise (B, *shape), each sample's from its own seed."""
-    noise = [torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.stack(noise).to(device)
+def in_run_dtype(function: Callable) -> Callable:
+    """Let a function, whose first argument is a run, compute in its dtype without gradients."""
+
+    @functools.wraps(function)
+    def computed(run: Run, *args, **kwargs):
+        with torch.no_grad(), computing(run.device, run.config.dtype):
+            return function(run, *args, **kwargs)
+
+    return computed
 
 
-@torch.no_grad()
-def sample_plans(
-    run: Run, prompts: Sequence[str], seeds: Sequence[int], frames: int | None = None, **options
-) -> Tensor:
-    """Stage 1: text -> z_sem (B, K, S, hs, ws), for a video of `frames`, or of the trained length.
+@in_run_dtype
+def sample_plans(run: Run, text: Tensor, seeds: Sequence[int], frames=None, options=None) -> Tensor:
+    """Stage 1: text (B, L, dim) -> z_sem (B, K, S, hs, ws).
 
-    options: steps, guidance; by default the run's.
+    frames (of the video) and options (SampleConfig) are the run's if not given, here and below.
     """
-    config = run.config
-    grid = config.plan_grid(frames)
-    noise = draw_noise(seeds, (config.compressor.channels, *grid), run.device)
-    text = run.text.encode(prompts).to(run.device)
-    velocity = guided(run.planner, text, options.get("guidance", config.sample.guidance))
-    steps = options.get("steps", config.sample.steps)
-    plan = euler(velocity, noise, steps, config.stages.semantic.shift)
-    return run.compressor.denormalise(plan)
+    config, options = run.config, options or run.config.sample
+    velocity = guided(run.planner, text.to(run.device), options.guidance)
+    shape = config.compressor.channels, *config.plan_grid(frames)
+    noise = draw_noise(seeds, shape, run.device)
+    plans = euler(velocity, noise, options.steps, config.stages.semantic.shift)
+    return run.compressor.denormalise(plans)
 
 
-@torch.no_grad()
+@in_run_dtype
 def paint_latents(
-    run: Run,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    plans: Tensor | None,
-    frames: int | None = None,
-    **options,
+    run: Run, text: Tensor, seeds: Sequence[int], plans: Tensor | None, frames=None, options=None
 ) -> Tensor:
     """Stage 2: text and z_sem (B, K, S, hs, ws) -> VAE latents (B, C, T, h, w).
 
-    plans None: the base model, which knows no plans. options: steps, latent_guidance,
-    context_guidance (base: base_guidance); by default the run's.
+    plans None: the base model, which knows no plans.
     """
-    config = run.config
-    option = {**vars(config.sample), **options}
-    grid = config.latent_grid(frames)
+    config, options, text = run.config, options or run.config.sample, text.to(run.device)
+    if plans is None:
+        velocity, stage = guided(run.base, text, options.base_guidance), config.stages.base
+    else:
+        scales = options.latent_guidance, plans, options.context_guidance
+        velocity, stage = guided(run.painter, text, *scales), config.stages.latent
     # Other seeds than the plan's noise has: the two must not be correlated. Torch's CPU generator
     # reads the lower 32 bits of a seed alone, so an offset would have to lie in these.
-    others = [text_seed(f"paint {seed}") % 2**32 for seed in seeds]
-    noise = draw_noise(others, (config.vae.channels, *grid), run.device)
-    text = run.text.encode(prompts).to(run.device)
-    if plans is None:
-        velocity = guided(run.base, text, option["base_guidance"])
-        shift = config.stages.base.shift
-    else:
-        velocity = guided(
-            run.painter, text, option["latent_guidance"], plans, option["context_guidance"]
-        )
-        shift = config.stages.latent.shift
-    return euler(velocity, noise, option["steps"], shift)
+    seeds = [text_seed(f"paint {seed}") % 2**32 for seed in seeds]
+    noise = draw_noise(seeds, (config.vae.channels, *config.latent_grid(frames)), run.device)
+    return euler(velocity, noise, options.steps, stage.shift)
 
 
-def paint(run: Run, *args, **options) -> Tensor:
-    """Stage 2 and the VAE: the arguments of `paint_latents` -> video (B, 3, F, H, W) uint8."""
-    return to_uint8(run.vae.decode(paint_latents(run, *args, **options)))
+@in_run_dtype
+def decode(run: Run, latents: Tensor) -> Tensor:
+    """VAE latents (B, C, T, h, w) -> video (B, 3, F, H, W) uint8."""
+    return to_uint8(run.vae.decode(latents.to(run.device)))
 
 
-def decode_pieces(vae: VideoVAE, latents: Tensor) -> Iterator[Tensor]:
-    """Yield the video of one sample's latents (1, C, T, h, w) in pieces (3, f, H, W) uint8."""
-    for piece in vae.decode_pieces(latents):
-        yield to_uint8(piece)[0].cpu()
+@in_run_dtype
+def through_vae(run: Run, video: Tensor) -> Tensor:
+    """Real video (B, 3, F, H, W) uint8 to latents and back: what no sample can surpass."""
+    return decode(run, run.vae.encode(to_float(video).to(run.device)))
 
 
-@torch.no_grad()
+@in_run_dtype
 def reference_plans(run: Run, semantic_video: Tensor) -> Tensor:
     """Return the z_sem of real videos (Fig. 4): (B, 3, F, H, W) uint8 at the low rate."""
     features = run.encoder.encode(to_float(semantic_video).to(run.device))
     return run.compressor.encode(features)
 
 
-def generate(
-    run: Run, prompts: Sequence[str], seeds: Sequence[int], frames: int | None = None, **options
-) -> Tensor:
-    """Both stages: text -> video (B, 3, F, H, W) uint8. options: of `sample_plans` and `paint`."""
-    plans = sample_plans(run, prompts, seeds, frames, **options)
-    return paint(run, prompts, seeds, plans, frames, **options)
+def paint(run: Run, *args, **options) -> Tensor:
+    """Stage 2 and the VAE: the arguments of `paint_latents` -> video (B, 3, F, H, W) uint8."""
+    return decode(run, paint_latents(run, *args, **options))
+
+
+def generate(run: Run, prompts: Sequence[str], seeds: Sequence[int], frames=None, options=None):
+    """Both stages and the VAE: prompts, each with a seed -> video (B, 3, F, H, W) uint8."""
+    text = run.text.encode(prompts)
+    plans = sample_plans(run, text, seeds, frames, options)
+    return paint(run, text, seeds, plans, frames, options)
 
 
 def prompt_seed(seed: int, prompt: str) -> int:
@@ -156,7 +144,7 @@ def prompt_seed(seed: int, prompt: str) -> int:
     return text_seed(f"{seed} {prompt}") % 2**32
 
 
-@torch.no_grad()
+@in_run_dtype
 def show_stage(run: Run, stage: str, source):
     """Write samples/STAGE.png: what a stage does with a few clips.
 
@@ -165,27 +153,23 @@ def show_stage(run: Run, stage: str, source):
     indices = range(min(6, len(source)))
     captions = source.captions(indices)
     if stage == "vae":
-        shown = source.batch(indices).video
-        video = to_uint8(run.vae.decode(run.vae.encode(to_float(shown).to(run.device))))
-        labels = "real", "through the VAE"
+        real = source.batch(indices).video
+        rows = {"real": real, "through the VAE": through_vae(run, real)}
     else:
-        latents, _ = source.latents(indices)
-        shown = to_uint8(run.vae.decode(latents.to(run.device))).cpu()
+        text, plans, label = run.text.encode(captions), None, "from text"
+        if stage == "semantic":
+            plans = sample_plans(run, text, indices)
         if stage == "latent":
             plans = run.compressor.encode(source.features(indices).to(run.device))
-            video = paint(run, captions, indices, plans)
-        elif stage == "semantic":
-            video = generate(run, captions, indices)
-        else:
-            video = paint(run, captions, indices, None)
-        made = {"latent": "painted from its plan", "semantic": "from text", "base": "from text"}
-        labels = "real, through the VAE", made[stage]
-    both = torch.stack([shown, video.cpu()], 1).flatten(0, 1)
-    texts = [f"{label}: {caption}" for caption in captions for label in labels]
-    contact_sheet(both, texts, run.path / "samples" / f"{stage}.png")
+            label = "painted from its plan"
+        rows = {"real, through the VAE": decode(run, source.latents(indices)[0])}
+        rows[label] = paint(run, text, indices, plans)
+    videos = torch.stack([x.cpu() for x in rows.values()], 1).flatten(0, 1)
+    labels = [f"{label}: {caption}" for caption in captions for label in rows]
+    contact_sheet(videos, labels, run.path / "samples" / f"{stage}.png")
 
 
-# --- files --------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 def written(out: Path, videos: int) -> list[Path]:
@@ -194,53 +178,19 @@ def written(out: Path, videos: int) -> list[Path]:
     return [*(names if out.suffix != ".png" else ()), out.with_suffix(".png")]
 
 
-class Picked:
-    """Passes a video's pieces on, and keeps the few frames of it that a contact sheet shows."""
-
-    def __init__(self, pieces: Iterable[Tensor], frames: int):
-        self.pieces, self.numbers = pieces, shown_frames(frames)
-        self.kept: list[Tensor] = []  # each (3, H, W) uint8
-
-    def __iter__(self) -> Iterator[Tensor]:
-        start = 0
-        for piece in self.pieces:  # (3, f, H, W)
-            inside = [n - start for n in self.numbers if start <= n < start + piece.shape[1]]
-            self.kept += piece[:, inside].unbind(1)
-            start += piece.shape[1]
-            yield piece
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def arguments() -> argparse.Namespace:
+    """Read the command line; UserError for what cannot be, before anything is loaded."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", nargs="*", metavar="prompt")
-    parser.add_argument("--run", type=Path, default=ASSETS, help="run folder with the weights")
     parser.add_argument("--reference", type=Path, help="a video whose plan is used, not stage 1's")
-    parser.add_argument(
-        "--base", action="store_true", help="sample the base model, which has no plan"
-    )
-    parser.add_argument("--seconds", type=float, help="length; the trained one if not given")
-    parser.add_argument("--steps", type=int, help="Euler steps of each stage")
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        nargs="+",
-        metavar="G",
-        help="one; or two: planner, painter; or three: planner, painter's text, painter's plan",
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base", action="store_true", help="the base model, which has no plan")
+    how = "one; or two: planner, painter; or three: planner, painter's text, painter's plan"
+    parser.add_argument("--guidance", type=float, nargs="+", default=(), metavar="G", help=how)
     parser.add_argument("--out", type=Path, default=Path("samples/sample.webp"), help=f"{SUFFIXES}")
-    add_part_flags(parser)
+    add_run_flags(parser)
     args = parser.parse_args()
     if args.out.suffix not in SUFFIXES:
-        raise UserError(
-            f"--out {args.out}: nobody writes that suffix; choose {', '.join(SUFFIXES)}"
-        )
-    if args.steps is not None:
-        check_number("sample.steps", args.steps, f"--steps {args.steps}")
-    for scale in args.guidance or ():
-        check_number("guidance", scale, f"--guidance {scale}")
+        raise UserError(f"--out {args.out}: the name must end in {', '.join(SUFFIXES)}")
     for name in written(args.out, max(1, len(args.prompts))):
         check_target(name)
         if args.reference and name.exists() and name.resolve() == args.reference.resolve():
@@ -249,53 +199,64 @@ def main():
         raise UserError("--reference: its plan has its own length, and the base knows no plans")
     if any(not prompt.strip() for prompt in args.prompts):
         raise UserError("a prompt is empty: leave it out for the default prompt")
-
     if args.out.suffix == ".mp4":
         require("av", "video")
-    run = Run.open(args.run)
-    run.point_to(parts_from_flags(args))
-    data = run.config.data
-    options = {"steps": args.steps} if args.steps else {}
-    if args.guidance:
-        planner, painter, plan = {1: (0, 0, 0), 2: (0, 1, 1), 3: (0, 1, 2)}.get(
-            len(args.guidance), (None, None, None)
-        )
-        if planner is None:
-            raise UserError(f"--guidance: one to three numbers, not {len(args.guidance)}")
-        options["guidance"] = args.guidance[planner]
-        options["latent_guidance"] = options["base_guidance"] = args.guidance[painter]
-        options["context_guidance"] = args.guidance[plan]
-    frames = clip_frames(run.config, args.seconds) if args.seconds is not None else data.frames
+    return args
 
+
+def encode_prompts(run: Run, prompts: Sequence[str]) -> list[Tensor]:
+    """Return the tokens of each prompt, (1, L, dim); say which ones are longer than is read."""
+    words = run.text.config.words
+    for prompt in prompts:
+        if (count := run.text.count(prompt)) > words:
+            print(f"{one_line(prompt, 60)}: the first {words} of its {count} words are read")
+    return [run.text.encode([prompt]) for prompt in prompts]
+
+
+@in_run_dtype
+def write_sample(run: Run, latents: Tensor, frames: int, file: Path | None) -> Tensor:
+    """Decode one sample into a file, if any, piece by piece; return what a sheet shows of it."""
+    kept: list[Tensor] = []
+    pieces = (to_uint8(x)[0].cpu() for x in run.vae.decode_pieces(latents.to(run.device)))
+    pieces = picked(pieces, shown_frames(frames), kept)
+    if file:
+        write_video(file, pieces, run.config.data.fps)
+        print(file)
+    deque(pieces, 0)  # those that no file asked for
+    return torch.stack(kept, 1)
+
+
+def main():
+    args = arguments()
+    used = ("base",) if args.base else ("encoder", "latent") if args.reference else RECIPE[2:]
+    run = open_run(args, ("vae", *used))
+    options = options_of(run, args.steps, args.guidance)
+    frames = frames_of(run, args.seconds)
+    prompts = args.prompts or ([""] if args.reference else list(PROMPTS))
+    shown, labels, plan = [], prompts, None
     if args.reference:
-        clip = reference_clip(args.reference, data)
-        plans, real = reference_plans(run, clip.semantic_video), clip.video
-        prompts = args.prompts or [""]
-    else:
-        prompts = args.prompts or list(PROMPTS)
-    names = written(args.out, len(prompts))
-    shown = [real[0][:, shown_frames(real.shape[2])]] if args.reference else []
-    for i, prompt in enumerate(prompts):  # one by one: bit for bit the same in any company
-        seeds, plan = [prompt_seed(args.seed, prompt)], None
-        if args.reference:
-            plan = plans
-        elif not args.base:
-            plan = sample_plans(run, [prompt], seeds, frames, **options)
-        latents = paint_latents(run, [prompt], seeds, plan, frames, **options)
-        pieces = Picked(decode_pieces(run.vae, latents), frames)
-        if args.out.suffix == ".png":
-            for _ in pieces:
-                pass
-        else:
-            write_video(names[i], pieces, data.fps)
-            print(names[i])
-        shown.append(torch.stack(pieces.kept, 1))
-    labels = list(prompts)
-    if args.reference:
-        labels = [f"reference: {args.reference.name}"]
-        labels += [f"painted from its plan{', ' + p if p else ''}" for p in prompts]
-    contact_sheet(torch.stack(shown), labels, names[-1])
-    print(names[-1])
+        clip = reference_clip(args.reference, run.config.data)
+        plan = reference_plans(run, clip.semantic_video)
+        run.let_go("encoder", "compressor")
+        shown = [clip.video[0][:, shown_frames(frames)]]
+        labels = [f"painted from its plan{', ' + p if p else ''}" for p in prompts]
+        labels = [f"reference: {args.reference.name}", *labels]
+    # One by one through the networks: a sample is bit for bit the same in any company. Each part is
+    # let go when its work is done.
+    texts, seeds = encode_prompts(run, prompts), [[prompt_seed(args.seed, p)] for p in prompts]
+    run.let_go("text")
+    plans = [plan] * len(prompts)
+    if plan is None and not args.base:
+        plans = [sample_plans(run, *x, frames, options) for x in zip(texts, seeds, strict=True)]
+        run.let_go("planner", "compressor")
+    each = zip(texts, seeds, plans, strict=True)
+    latents = [paint_latents(run, *x, frames, options).cpu() for x in each]
+    run.let_go("painter", "base")
+    *files, sheet = written(args.out, len(prompts))
+    for x, file in zip(latents, files or [None] * len(prompts), strict=True):
+        shown.append(write_sample(run, x, frames, file))
+    contact_sheet(torch.stack(shown), labels, sheet)
+    print(sheet)
 
 
 if __name__ == "__main__":

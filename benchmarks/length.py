@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from config import clip_frames, paper, shapes, tiny, tiny_long
+from data import to_uint8
 from flow import flow_loss
 from model import DiT
 from plumbing.device import default_device
 from plumbing.files import UserError, command, write_file
 from plumbing.video import write_video
-from sample import decode_pieces
 from swin import Stream, fitting_window, windows
 from toy.vae import TinyVAE
 
@@ -103,7 +103,8 @@ def decode(seconds: float, connection):
     def write(frames: int, folder: str):
         grid = config.vae.grid(frames, config.data.height, config.data.width)
         latents = torch.randn(1, config.vae.channels, *grid)
-        write_video(Path(folder) / "x.mp4", decode_pieces(vae, latents), config.data.fps)
+        pieces = (to_uint8(piece)[0] for piece in vae.decode_pieces(latents))
+        write_video(Path(folder) / "x.mp4", pieces, config.data.fps)
 
     with tempfile.TemporaryDirectory() as folder:
         write(2 * config.vae.time_patch * config.vae.span, folder)  # warms up

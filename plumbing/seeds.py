@@ -5,7 +5,7 @@ generator. So a process draws its own rows only, and results do not depend on ho
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ def text_seed(text: str) -> int:
 def generator(*words: object) -> torch.Generator:
     """Return a source of random numbers on the CPU, seeded by these words."""
     return torch.Generator().manual_seed(text_seed(" ".join(map(str, words))) % 2**63)
+
+
+def draw_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return N(0, 1) noise (B, *shape), each sample's from its own seed."""
+    noise = [torch.randn(*shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(noise).to(device)
 
 
 class Rows:

@@ -1,7 +1,7 @@
 """Contact sheets: a row of frames for each clip, under its label."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -16,6 +16,16 @@ from plumbing.files import write_file
 def shown_frames(frames: int) -> list[int]:
     """Return which frames of a video a sheet shows: up to 8, the first and the last with them."""
     return np.linspace(0, frames - 1, min(frames, 8)).round().astype(int).tolist()
+
+
+def picked(pieces: Iterable[Tensor], numbers: Sequence[int], kept: list) -> Iterator[Tensor]:
+    """Pass a video's pieces (3, f, H, W) on, and append its frames of these numbers to a list."""
+    start = 0
+    for piece in pieces:
+        inside = [n - start for n in numbers if start <= n < start + piece.shape[1]]
+        kept += piece[:, inside].unbind(1)  # each (3, H, W)
+        start += piece.shape[1]
+        yield piece
 
 
 def contact_sheet(videos: Tensor, labels: Sequence[str], path: Path | None = None) -> Image.Image:

@@ -202,7 +202,7 @@ FIELDS = {  # field -> what it cannot be
     "sample.steps": ["0", "-1", "nan", "1e30", str(10**30)],
     "sample.guidance": ["nan", "inf", "-inf", "1e30", "two"],
     "sample.latent_guidance": ["nan", "inf", "-1e30"],
-    "sample.context_guidance": ["nan", "inf", "None"],
+    "sample.context_guidance": ["nan", "inf", "off"],
     "sample.base_guidance": ["nan", "inf", "101"],
     "data.frames": ["0", "-8", "6", "7", "nan", "1e30", str(10**30)],
     "data.fps": ["0", "-8", "nan", "inf", "1e30", "1e-30"],

@@ -8,6 +8,9 @@ only what reaches the painter is compared, not what it paints.
 import itertools
 import json
 import math
+import shutil
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,10 +20,12 @@ from test_run import call, one_line, random_run
 from torch import Tensor
 
 import evaluate
+from config import SampleConfig
 from data import DataConfig
 from evaluate import Evaluation
+from flags import frames_of
 from run import Run
-from sample import reference_plans
+from sample import reference_plans, through_vae
 from toy.scores import (
     DRIFT,
     LONG_SCORES,
@@ -46,6 +51,13 @@ PLANS = ["oracle", "shuffled", "zeroed", "dropped"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
     return random_run(tmp_path_factory.mktemp("evaluate") / "run")
+
+
+@pytest.fixture
+def consistency(run):
+    """Subject consistency as the run's encoder sees it."""
+    size = run.config.data.semantic_size[1:]
+    return partial(subject_consistency, encode=run.encoder.encode, size=size)
 
 
 @pytest.fixture
@@ -103,28 +115,28 @@ def test_agreement_by_hand(found, wanted, wrong):
     assert all(len(scores[name]) == len(wanted) for name in ("colour", "shape", "motion"))
 
 
-def test_real_clips_have_full_marks(run):
+def test_real_clips_have_full_marks(consistency):
     """At the size the reader is made for; one and two objects, every motion."""
     world = World(DataConfig(), "test")
     indices = range(48)
     scenes = [world.scene(i) for i in indices]
     assert {len(scene) for scene in scenes} == {1, 2}
-    scores = score(run, world.batch(indices).video, scenes)
+    scores = score(world.batch(indices).video, scenes, 1, consistency)
     for name in ("exact", "one", "two", "number", "colour", "shape", "motion"):
         assert scores[name] == 100, name
     assert list(scores) == list(SCORES)
     assert 95 < scores["flicker"] < 100 and 98 < scores["smooth"] < 100
-    shifted = score(run, world.batch(indices).video, scenes[1:] + scenes[:1])
+    shifted = score(world.batch(indices).video, scenes[1:] + scenes[:1], 1, consistency)
     assert shifted["exact"] < 10 and shifted["colour"] < 50
 
 
-def test_scores_are_means_over_prompts_and_over_objects(run):
+def test_scores_are_means_over_prompts_and_over_objects(consistency):
     """Three prompts, one video wrong: its two objects weigh in objects' scores, it in its own."""
     world = World(DataConfig(), "test")
     one, two = (next(i for i in itertools.count() if len(world.scene(i)) == n) for n in (1, 2))
     videos = world.batch([one, two, two]).video
     videos[2] = 100  # grey: nothing there
-    scores = score(run, videos, [world.scene(i) for i in (one, two, two)])
+    scores = score(videos, [world.scene(i) for i in (one, two, two)], 1, consistency)
     assert scores["exact"] == scores["number"] == pytest.approx(200 / 3)
     assert (scores["one"], scores["two"]) == (100, 50)
     assert scores["colour"] == scores["shape"] == scores["motion"] == pytest.approx(60)  # 3 of 5
@@ -213,8 +225,8 @@ def repeated(levels: list[int]) -> Tensor:
         ([50, 50, 50, 50, 90, 90, 90, 90], 40 / 7, 2 * 20 / 6),  # one jump
     ],
 )
-def test_flicker_and_smoothness_in_closed_form(run, levels, flicker, bend):
-    scores = score(run, repeated(levels), [(RED,)])
+def test_flicker_and_smoothness_in_closed_form(consistency, levels, flicker, bend):
+    scores = score(repeated(levels), [(RED,)], 1, consistency)
     assert scores["flicker"] == pytest.approx(100 - 100 * flicker / 255, abs=1e-3)
     assert scores["smooth"] == pytest.approx(100 - 100 * bend / 255, abs=1e-3)
 
@@ -222,19 +234,19 @@ def test_flicker_and_smoothness_in_closed_form(run, levels, flicker, bend):
 # --- subject consistency ------------------------------------------------------------------------
 
 
-def test_frozen_videos_are_consistent(run):
+def test_frozen_videos_are_consistent(run, consistency):
     video = World(run.config.data, "test").batch(range(4)).video[:, :, :1].expand(-1, -1, 8, -1, -1)
-    assert subject_consistency(run, video).tolist() == pytest.approx([100] * 4, abs=1e-3)
+    assert consistency(video).tolist() == pytest.approx([100] * 4, abs=1e-3)
 
 
-def test_changing_videos_are_less_consistent(run):
+def test_changing_videos_are_less_consistent(run, consistency):
     clips = World(run.config.data, "test").batch(range(8)).video
     changing = clips[:, :, 0].transpose(0, 1)[None]  # (1, 3, 8, H, W): another clip in each frame
     frozen = clips[:1, :, :1].expand(-1, -1, 8, -1, -1)
-    assert subject_consistency(run, changing) < 99.99 < subject_consistency(run, frozen)
+    assert consistency(changing) < 99.99 < consistency(frozen)
 
 
-def test_consistency_by_hand(run):
+def test_consistency_by_hand(run, consistency):
     video = World(run.config.data, "test").batch([3]).video
     frames = video[0].transpose(0, 1).float() / 127.5 - 1  # (F, 3, H, W)
     features = [run.encoder.encode(x[None, :, None].expand(-1, -1, 2, -1, -1)) for x in frames]
@@ -248,23 +260,23 @@ def test_consistency_by_hand(run):
         for k in range(1, len(features))
     ]
     expected = 100 * sum(terms) / len(terms)
-    assert subject_consistency(run, video).item() == pytest.approx(expected, abs=1e-3)
+    assert consistency(video).item() == pytest.approx(expected, abs=1e-3)
 
 
-def test_consistency_does_not_depend_on_the_batch(run):
+def test_consistency_does_not_depend_on_the_batch(run, consistency):
     """40 videos of 8 frames are more than the encoder is shown at a time."""
     video = World(run.config.data, "test").batch(range(40)).video
-    together = subject_consistency(run, video)
-    alone = torch.cat([subject_consistency(run, x[None]) for x in video])
+    together = consistency(video)
+    alone = torch.cat([consistency(x[None]) for x in video])
     assert together.shape == (40,)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-3)
 
 
-def test_videos_of_another_size_are_resized(run):
+def test_videos_of_another_size_are_resized(run, consistency):
     video = World(run.config.data, "test").batch([3]).video
     large = video.repeat_interleave(2, -1).repeat_interleave(2, -2)
-    expected = subject_consistency(run, video)
-    assert abs(subject_consistency(run, large) - expected) < 1
+    expected = consistency(video)
+    assert abs(consistency(large) - expected) < 1
 
 
 # --- prompts ------------------------------------------------------------------------------------
@@ -297,14 +309,12 @@ def test_an_evaluation_is_of_its_split(run):
 
 
 def test_chunks_do_not_matter(evaluation, monkeypatch):
-    whole = evaluation.by_chunks(lambda rows: evaluation.real[rows], "real")
     monkeypatch.setattr(evaluate, "CHUNK", 3)
     slices = []
-    chunked = evaluation.by_chunks(
+    chunked = evaluation.videos(
         lambda rows: (slices.append(rows), evaluation.real[rows])[1], "real"
     )
-    assert len(slices) == 2
-    assert chunked == pytest.approx(whole, nan_ok=True)
+    assert len(slices) == 2 and torch.equal(chunked, evaluation.real)
 
 
 # --- plans --------------------------------------------------------------------------------------
@@ -316,30 +326,29 @@ class Painted:
     def __init__(self, monkeypatch):
         monkeypatch.setattr(evaluate, "paint", self)
 
-    def __call__(self, run, prompts, seeds, plans, frames=None, **options):
-        self.prompts, self.seeds, self.plans, self.options = prompts, seeds, plans, options
-        return torch.zeros(len(prompts), 3, 8, 16, 16, dtype=torch.uint8)
+    def __call__(self, run, text, seeds, plans, frames=None, options=None):
+        self.text, self.seeds, self.plans, self.options = text, seeds, plans, options
+        return torch.zeros(len(text), 3, 8, 16, 16, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("text", [True, False])
-def test_the_right_plans_reach_the_painter(evaluation, run, monkeypatch, text):
+@pytest.mark.parametrize("told", [True, False])
+def test_the_right_plans_reach_the_painter(evaluation, run, monkeypatch, told):
     oracle = reference_plans(run, evaluation.low_rate)
     expected = {"oracle": oracle, "shuffled": oracle[[1, 2, 3, 0]], "zeroed": 0 * oracle}
-    painted = Painted(monkeypatch)
+    text = run.text.encode(evaluation.captions)
+    painted, options = Painted(monkeypatch), SampleConfig(steps=3)
     for plans, z_sem in expected.items():
         for rows in (slice(0, 4), slice(0, 2), slice(2, 4)):
-            evaluation.from_plans(rows, plans, text, steps=3)
+            evaluation.from_plans(rows, options, plans, told)
             torch.testing.assert_close(painted.plans, z_sem[rows])
-            assert painted.prompts == (
-                evaluation.captions[rows] if text else [""] * len(z_sem[rows])
-            )
+            assert torch.equal(painted.text, text[rows] if told else 0 * text[rows])
             assert painted.seeds == evaluation.seeds[rows]
-            assert painted.options == {"steps": 3}
-    assert not torch.equal(oracle[0], oracle[1])
+            assert painted.options == options
+    assert not torch.equal(oracle[0], oracle[1]) and text.any()
 
 
-@pytest.mark.parametrize("text", [True, False])
-def test_a_dropped_plan_is_never_shown_to_the_painter(evaluation, run, monkeypatch, text):
+@pytest.mark.parametrize("told", [True, False])
+def test_a_dropped_plan_is_never_shown_to_the_painter(evaluation, run, monkeypatch, told):
     """The painter sees its null context in every sample that weighs anything."""
     kept = []
     forward = run.painter.forward
@@ -349,26 +358,32 @@ def test_a_dropped_plan_is_never_shown_to_the_painter(evaluation, run, monkeypat
         return forward(z, t, text, context, keep_context)
 
     monkeypatch.setattr(run.painter, "forward", record)
-    evaluation.from_plans(slice(0, 2), "dropped", text)
+    evaluation.from_plans(slice(0, 2), run.config.sample, "dropped", told)
     assert kept and not any(keep.any() for keep in kept)
 
 
-def test_text_to_video_and_base_take_their_own_way(evaluation, run, monkeypatch):
-    painted = Painted(monkeypatch)
-    evaluation.from_base(slice(1, 3), base_guidance=1.5)
-    assert painted.plans is None and painted.options == {"base_guidance": 1.5}
-    assert painted.prompts == evaluation.captions[1:3] and painted.seeds == evaluation.seeds[1:3]
-    video = evaluation.from_text(slice(0, 2), steps=1)
-    assert torch.equal(
-        video, evaluate.generate(run, evaluation.captions[:2], evaluation.seeds[:2], steps=1)
+def test_a_dropped_plan_can_be_a_runs_own_option(tmp_path):
+    """With it, no plan matters."""
+    run = random_run(tmp_path, "sample.context_guidance=None")
+    assert (
+        run.config.sample.context_guidance
+        is None
+        is Run.open(tmp_path).config.sample.context_guidance
     )
+    text, plans = run.text.encode(["a red circle"]), torch.randn(2, 1, 4, 1, 2, 2)
+    one, other = (evaluate.paint(run, text, [0], plan) for plan in plans)
+    assert torch.equal(one, other)
 
 
-def test_reconstructions_go_through_the_vae(evaluation, run):
-    expected = run.vae.decode(run.vae.encode(evaluation.real[:2].float() / 127.5 - 1))
-    found = evaluation.reconstructions(slice(0, 2))
-    assert found.dtype == torch.uint8
-    assert (found.float() / 127.5 - 1 - expected).abs().max() < 0.51 / 127.5
+def test_text_to_video_and_base_take_their_own_way(evaluation, run, monkeypatch):
+    painted, options = Painted(monkeypatch), SampleConfig(steps=1, base_guidance=1.5)
+    evaluation.sampled(slice(1, 3), options, base=True)
+    assert painted.plans is None and painted.options == options
+    assert torch.equal(painted.text, run.text.encode(evaluation.captions[1:3]))
+    assert painted.seeds == evaluation.seeds[1:3]
+    video = evaluation.sampled(slice(0, 2), options)
+    captions, seeds = evaluation.captions[:2], evaluation.seeds[:2]
+    assert torch.equal(video, evaluate.generate(run, captions, seeds, options=options))
 
 
 # --- the command line ---------------------------------------------------------------------------
@@ -431,6 +446,25 @@ def test_the_same_seed_gives_the_same_scores(run, tmp_path):
         found.append(strict(file.read_text())["scores"])
     assert found[0] == found[1] != found[2]
     assert found[0]["real clips"] == found[2]["real clips"]
+
+
+def test_another_precision_beside_the_runs_own(run, tmp_path, capsys):
+    """The same samples, which differ by a little."""
+    file = tmp_path / "scores.json"
+    few = ["--run", run.path, "--prompts", 2, "--steps", 1]
+    assert call(evaluate.main, *few, "--dtypes", "--json", file) == 0
+    out, found = capsys.readouterr().out, strict(file.read_text())["scores"]
+    decibels = found["bfloat16"]["psnr"]
+    assert 30 < decibels < 80 and rows_of(out).keys() == found.keys()
+    assert f"PSNR between samples in float32 and in bfloat16: {decibels:.1f} dB" in out
+    Run.create(tmp_path / "run", replace(run.config, dtype="bfloat16"))
+    for weights in run.path.glob("*.safetensors"):
+        shutil.copy(weights, tmp_path / "run")
+    few[1] = tmp_path / "run"
+    assert call(evaluate.main, *few, "--dtypes", "--json", file) == 0
+    turned = strict(file.read_text())["scores"]
+    assert turned["float32"]["psnr"] == decibels
+    assert turned[MODELS[0]] == {k: v for k, v in found["bfloat16"].items() if k != "psnr"}
 
 
 @pytest.mark.parametrize(("model", "name"), [([], MODELS[0]), (["--base"], "base: text -> video")])
@@ -549,30 +583,30 @@ def test_sizes_are_compared_up_to_one_factor(factor, kept):
     assert not size_kept(torch.full((65,), 5.0), STORY)
 
 
-def test_drift_is_between_the_ends(run):
+def test_drift_is_between_the_ends(consistency):
     still = clip_of(HERO)[:, :1].expand(-1, 40, -1, -1)
     other = clip_of(HERO._replace(shape="square"))[:, :1].expand(-1, 24, -1, -1)
     videos = torch.stack([torch.cat([still, still[:, :24]], 1), torch.cat([still, other], 1)])
-    found = drift(run, videos, [(HERO,), (HERO,)])
+    found = drift(videos, [(HERO,), (HERO,)], consistency)
     assert found["shape"] == 50  # none in the first clip, all in the second
     assert found["colour"] == found["flicker"] == found["smooth"] == found["moved"] == 0
     assert abs(found["subject"]) < 1e-3
     dark = torch.cat([still, other * 0], 1)[None]  # nothing there at the end
-    assert drift(run, dark, [(HERO,)])["colour"] == 100
+    assert drift(dark, [(HERO,)], consistency)["colour"] == 100
 
 
-def test_drift_of_flicker_in_closed_form(run):
+def test_drift_of_flicker_in_closed_form(consistency):
     video = torch.zeros(1, 3, 60, 32, 32, dtype=torch.uint8)
     video[:, :, 51::2] = 51  # a fifth of the range, in every second frame of the last 15 %
-    found = drift(run, video, [(HERO,)])
+    found = drift(video, [(HERO,)], consistency)
     assert found["flicker"] == pytest.approx(20) and found["smooth"] == pytest.approx(20)
 
 
-def test_only_the_ends_count(run):
+def test_only_the_ends_count(consistency):
     video = clip_of(HERO)[None].clone()
-    before = drift(run, video, [(HERO,)])
+    before = drift(video, [(HERO,)], consistency)
     video[:, :, 10:-10] = 0  # 15 % of 64 frames are 10
-    assert drift(run, video, [(HERO,)]) == before
+    assert drift(video, [(HERO,)], consistency) == before
 
 
 @pytest.mark.slow
@@ -598,7 +632,7 @@ ORACLE = ["oracle plan, with text", "oracle plan, no text"]
 
 def test_other_lengths_tell_as_many_events_more(tmp_path):
     run = random_run(tmp_path, "data.frames=16", "data.events=2", "text.words=20")
-    longer = Evaluation(run, "test", 2, seed=0, long=True, seconds=8.0)
+    longer = Evaluation(run, "test", 2, seed=0, long=True, frames=frames_of(run, 8.0))
     assert longer.frames == 64 and longer.world.config.events == 8
     assert longer.real.shape[2] == 64 and longer.captions[0].count(" then ") >= 7
-    assert longer.reconstructions(slice(0, 1)).shape[2] == 64
+    assert through_vae(run, longer.real[:1]).shape[2] == 64

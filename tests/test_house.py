@@ -38,10 +38,10 @@ MOST = {"plumbing": 1500, "all": 5200}  # lines of rooms
 FUNCTION_LINES, FORWARD_LINES = 60, 30
 
 # Not there yet. These lists only ever become shorter.
-BACKWARDS = ("toy.scores", "plumbing.metrics")
-TOO_LONG = ("prepare", "config", "run", "train", "sample", "evaluate")
+BACKWARDS = ("plumbing.metrics",)
+TOO_LONG = ("prepare", "config", "run", "train")
 TOO_MUCH = ("plumbing", "all")
-LONG_FUNCTIONS = ("evaluate", "sample", "train")
+LONG_FUNCTIONS = ("train",)
 
 
 def not_yet(names, undone: tuple[str, ...]) -> list:

@@ -5,26 +5,56 @@ asks for and how it weighs the answers. The rest runs on a micro run with random
 draws is noise, but every prompt, seed and plan changes it.
 """
 
+import contextlib
 import itertools
 import json
 import math
+import shutil
 import sys
+import weakref
+from collections import Counter
+from copy import copy
+from dataclasses import replace
+from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_run import call, one_line, random_run
-from torch import Tensor
+from torch import Tensor, nn
 
+import evaluate
+import flags
 import sample
-from config import clip_frames, override, tiny
+from config import SampleConfig, clip_frames, override, paper, tiny
 from data import reference_clip
+from flags import frames_of
+from flow import euler
+from model import DiT
+from plumbing.device import computing
 from plumbing.files import UserError
+from plumbing.seeds import draw_noise, text_seed
 from plumbing.sheet import shown_frames
 from plumbing.video import enlarge, write_video
 from run import Run
-from sample import draw_noise, generate, guided, paint, prompt_seed, reference_plans, sample_plans
+from sample import (
+    decode,
+    generate,
+    guided,
+    paint,
+    paint_latents,
+    prompt_seed,
+    reference_plans,
+    sample_plans,
+    through_vae,
+)
+from semantic import Compressor
+from toy.encoder import TinyEncoder
+from toy.text import HashText
+from toy.vae import TinyVAE
 from toy.world import World
 
 PROMPT, OTHER = "a red circle moves left", "a blue square grows and a cyan cross stays still"
@@ -205,9 +235,10 @@ def test_plan_and_painting_start_from_different_noise(run, monkeypatch):
 
 
 def test_shapes_of_both_stages(run):
-    plans = sample_plans(run, [PROMPT, OTHER], [0, 1])
+    text = run.text.encode([PROMPT, OTHER])
+    plans = sample_plans(run, text, [0, 1])
     assert plans.shape == (2, 4, 1, 2, 2) and plans.dtype == torch.float32
-    video = paint(run, [PROMPT, OTHER], [0, 1], plans)
+    video = paint(run, text, [0, 1], plans)
     assert video.shape == (2, 3, 8, 16, 16) and video.dtype == torch.uint8
     assert torch.equal(video, generate(run, [PROMPT, OTHER], [0, 1]))
 
@@ -221,20 +252,21 @@ def test_same_seed_and_prompt_give_the_same_video(run):
 
 
 def test_the_painter_heeds_text_plan_and_seed(run):
-    plans = sample_plans(run, [PROMPT, OTHER], [0, 1])
-    same = paint(run, [PROMPT], [0], plans[:1])
-    for prompt, seed, plan in [(OTHER, 0, 0), (PROMPT, 1, 0), (PROMPT, 0, 1)]:
-        assert not torch.equal(paint(run, [prompt], [seed], plans[plan : plan + 1]), same)
-    assert not torch.equal(paint(run, [PROMPT], [0], None), same)  # the base
+    texts = run.text.encode([PROMPT, OTHER]).split(1)
+    plans = [sample_plans(run, text, [seed]) for seed, text in enumerate(texts)]
+    same = paint(run, texts[0], [0], plans[0])
+    for text, seed, plan in [(1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        assert not torch.equal(paint(run, texts[text], [seed], plans[plan]), same)
+    assert not torch.equal(paint(run, texts[0], [0], None), same)  # the base
 
 
 def test_plans_are_rescaled_to_what_the_painter_saw(run):
     compressor = run.compressor
-    before = sample_plans(run, [PROMPT], [0])
+    before = sample_plans(run, run.text.encode([PROMPT]), [0])
     mean, std = compressor.mean.clone(), compressor.std.clone()
     compressor.mean += 3
     compressor.std *= 2
-    after = sample_plans(run, [PROMPT], [0])
+    after = sample_plans(run, run.text.encode([PROMPT]), [0])
     compressor.mean.copy_(mean)
     compressor.std.copy_(std)
     torch.testing.assert_close(after, before * 2 + 3)
@@ -249,10 +281,53 @@ def test_plans_of_references_are_those_of_encoder_and_compressor(run):
 
 @pytest.mark.parametrize("option", ["steps", "guidance", "latent_guidance", "context_guidance"])
 def test_options_replace_the_runs_own(run, option):
-    default = getattr(run.config.sample, option)
+    own = run.config.sample
     first = generate(run, [PROMPT], [0])
-    assert torch.equal(generate(run, [PROMPT], [0], **{option: default}), first)
-    assert not torch.equal(generate(run, [PROMPT], [0], **{option: default + 3}), first)
+    assert torch.equal(generate(run, [PROMPT], [0], options=own), first)
+    other = replace(own, **{option: getattr(own, option) + 3})
+    assert not torch.equal(generate(run, [PROMPT], [0], options=other), first)
+
+
+def test_each_stage_has_its_own_scales_and_shift(run):
+    """Against the solver called by hand."""
+    shifts = {"latent": 2, "semantic": 3, "base": 4}
+    other, text = copy(run), run.text.encode([PROMPT])
+    other.config = override(run.config, [f"stages.{k}.shift={a}" for k, a in shifts.items()])
+    options = SampleConfig(4, 1.5, 2.5, 3.5, 4.5)
+    small = draw_noise([5], (4, 1, 2, 2), run.device)
+    large = draw_noise([text_seed("paint 5") % 2**32], (8, 2, 4, 4), run.device)
+    plan = sample_plans(other, text, [5], options=options)
+    painted, based = (paint_latents(other, text, [5], x, options=options) for x in (plan, None))
+    with torch.no_grad(), computing(run.device, "float32"):
+        expected = euler(guided(run.planner, text, 1.5), small, 4, 3.0)
+        torch.testing.assert_close(plan, expected * run.compressor.std + run.compressor.mean)
+        expected = euler(guided(run.painter, text, 2.5, plan, 3.5), large, 4, 2.0)
+        torch.testing.assert_close(painted, expected)
+        torch.testing.assert_close(based, euler(guided(run.base, text, 4.5), large, 4, 4.0))
+
+
+def test_the_base_has_a_guidance_of_its_own(run):
+    own, text = run.config.sample, run.text.encode([PROMPT])
+    first = paint(run, text, [0], None)
+    others = [replace(own, guidance=5.0, latent_guidance=5.0), replace(own, base_guidance=5.0)]
+    same, other = (paint(run, text, [0], None, options=options) for options in others)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_an_option_of_another_name_is_an_error(run):
+    with pytest.raises(TypeError, match="guidence"):
+        SampleConfig(guidence=3)
+    for function in (generate, paint, sample_plans):
+        with pytest.raises(TypeError, match="guidence"):
+            function(run, [PROMPT], [0], guidence=3)
+
+
+def test_real_clips_go_through_the_vae(run):
+    video = World(run.config.data, "test").batch([0, 1]).video
+    expected = run.vae.decode(run.vae.encode(video.float() / 127.5 - 1))
+    found = through_vae(run, video)
+    assert found.dtype == torch.uint8
+    assert (found.float() / 127.5 - 1 - expected).abs().max() < 0.51 / 127.5
 
 
 def test_steps_are_network_calls(run, monkeypatch):
@@ -261,7 +336,7 @@ def test_steps_are_network_calls(run, monkeypatch):
         forward = dit.forward
         count = lambda *a, f=forward, s=stage, **k: (calls.append(s), f(*a, **k))[1]  # noqa: E731
         monkeypatch.setattr(dit, "forward", count)
-    generate(run, [PROMPT], [0], steps=3)
+    generate(run, [PROMPT], [0], options=SampleConfig(steps=3))
     assert calls == ["plan"] * 3 + ["paint"] * 3
 
 
@@ -294,7 +369,228 @@ def test_impossible_lengths(tmp_path, seconds):
 
 def test_longer_than_trained(run):
     assert generate(run, [PROMPT], [0], frames=24).shape == (1, 3, 24, 16, 16)
-    assert paint(run, [PROMPT], [0], None, 16).shape == (1, 3, 16, 16, 16)
+    text = run.text.encode([PROMPT])
+    assert paint(run, text, [0], None, 16).shape == (1, 3, 16, 16, 16)
+
+
+@pytest.mark.parametrize("seconds", [2, 2.0, 4.0])
+def test_a_length_that_can_be_met_is_not_told(run, capsys, seconds):
+    assert frames_of(run, seconds) == 8 * seconds and frames_of(run, None) == 8
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "config, seconds, told",
+    [
+        (tiny(), 1.2, "--seconds 1.2: 8 frames are made, 1 s"),
+        (tiny(), 3.6, "--seconds 3.6: 32 frames are made, 4 s"),
+        (paper(), 5.0, "--seconds 5: 121 frames are made, 5.04167 s"),  # the first one is alone
+    ],
+)
+def test_a_length_that_cannot_be_met_is_told(tmp_path, capsys, config, seconds, told):
+    frames_of(Run(tmp_path, config), seconds)
+    assert capsys.readouterr().out == told + "\n"
+
+
+# --- precision ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def products():
+    """Collect the dtypes that matrix products and convolutions of all networks have meanwhile."""
+    found = set()
+
+    def note(module, _, output):
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            found.add(output.dtype)
+
+    handle = nn.modules.module.register_module_forward_hook(note)
+    yield found
+    handle.remove()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_networks_compute_in_the_runs_dtype_and_the_solver_in_float32(run, tmp_path, dtype):
+    other = copy(run)
+    other.config = replace(run.config, dtype=dtype)
+    text, clips = run.text.encode([PROMPT]), World(run.config.data, "test").batch([0])
+    made = {}
+    for name, work in {
+        "plan": lambda: sample_plans(other, text, [0]),
+        "reference": lambda: reference_plans(other, clips.semantic_video),
+        "latents": lambda: paint_latents(other, text, [0], made["plan"]),
+        "base": lambda: paint_latents(other, text, [0], None),
+        "video": lambda: decode(other, made["latents"]),
+        "through the VAE": lambda: through_vae(other, clips.video),
+    }.items():
+        with products() as found:
+            made[name] = work()
+        assert found == {getattr(torch, dtype)}, name
+    assert all(made[name].dtype == torch.float32 for name in ("plan", "reference", "latents"))
+    out = tmp_path / "x.webp"
+    Run.create(tmp_path / "run", other.config)
+    for file in run.path.glob("*.safetensors"):
+        shutil.copy(file, tmp_path / "run")
+    assert call(sample.main, PROMPT, "--run", tmp_path / "run", "--out", out) == 0
+    seeds = [prompt_seed(0, PROMPT)]
+    assert torch.equal(read_video(out), enlarge(generate(other, [PROMPT], seeds)[0]))
+
+
+def test_precision_changes_little(run):
+    """Two steps from the same noise: the solver adds up small errors of a bfloat16 (2^-8) each."""
+    other, text = copy(run), run.text.encode([PROMPT])
+    other.config = replace(run.config, dtype="bfloat16")
+    exact, rough = (sample_plans(each, text, [0]) for each in (run, other))
+    error = (exact - rough).norm() / exact.norm()
+    assert 1e-6 < error < 0.02
+
+
+# --- what is in memory --------------------------------------------------------------------------
+
+PARTS = ("vae", "encoder", "text", "compressor", "painter", "planner", "base")
+
+
+class Watched(Run):
+    """A run that remembers which of its parts were in memory while each of them worked."""
+
+    parts: ClassVar[dict[str, weakref.ref]] = {}
+    together: ClassVar[dict[str, set[str]]] = {}
+
+    @classmethod
+    def begin(cls, monkeypatch):
+        monkeypatch.setattr(flags, "Run", cls)
+        cls.parts, cls.together = {}, {}
+        for kind, work in [
+            (DiT, "forward"),
+            (Compressor, "posterior"),
+            (Compressor, "denormalise"),
+            (TinyEncoder, "encode"),
+            (TinyVAE, "decode_pieces"),
+            (HashText, "encode"),
+        ]:
+            monkeypatch.setattr(kind, work, cls.watching(getattr(kind, work)))
+        for name in PARTS:
+            part = cached_property(cls.remembering(name, getattr(Run, name).func))
+            part.__set_name__(cls, name)
+            monkeypatch.setattr(cls, name, part, raising=False)
+
+    @classmethod
+    def remembering(cls, name: str, load):
+        def loaded(self):
+            part = load(self)
+            cls.parts[name] = weakref.ref(part)
+            return part
+
+        return loaded
+
+    @classmethod
+    def watching(cls, work):
+        def watched(part, *args, **kwargs):
+            there = {name: ref() for name, ref in cls.parts.items() if ref() is not None}
+            (mine,) = (name for name, other in there.items() if other is part)
+            cls.together.setdefault(mine, set()).update(there)
+            return work(part, *args, **kwargs)
+
+        return watched
+
+
+@pytest.mark.parametrize(
+    "arguments, together",
+    [
+        ([PROMPT, OTHER], [{"text"}, {"planner", "compressor"}, {"painter"}, {"vae"}]),
+        (["--base", PROMPT, OTHER], [{"text"}, {"base"}, {"vae"}]),
+        (["--reference"], [{"encoder", "compressor"}, {"text"}, {"painter"}, {"vae"}]),
+    ],
+)
+def test_a_part_is_let_go_when_its_work_is_done(run, tmp_path, monkeypatch, arguments, together):
+    """Two prompts, so that what one leaves behind would be there while the other is worked on."""
+    if "--reference" in arguments:
+        write_video(tmp_path / "clip.webp", [World(run.config.data, "test").batch([0]).video[0]], 8)
+        arguments = [*arguments, tmp_path / "clip.webp", "--", PROMPT, OTHER]
+    Watched.begin(monkeypatch)
+    out = ["--run", run.path, "--out", tmp_path / "x.gif"]
+    assert call(sample.main, *out, *arguments) == 0
+    assert Watched.together.keys() == set.union(*together)
+    for name, there in Watched.together.items():
+        (expected,) = (group for group in together if name in group)
+        assert there <= expected, name
+
+
+class StandIn:
+    """A part at full size that has its shapes, but neither its weights nor its work."""
+
+    def __init__(self, work=None, **offers):
+        self.work = work
+        vars(self).update(offers)
+
+    def __call__(self, *args, **kwargs):
+        return self.work(*args, **kwargs)
+
+
+def parameters(config, *sizes) -> int:
+    with torch.device("meta"):
+        module = Compressor(*sizes, config) if sizes else DiT(config)
+    return sum(x.numel() for x in module.parameters())
+
+
+def test_text_to_video_at_full_size(tmp_path, monkeypatch, capsys):
+    """The encoder is never opened, and no two large parts are ever in memory together."""
+    named = {
+        part: replace(getattr(paper(), part), weights="x") for part in ("vae", "encoder", "text")
+    }
+    config = override(paper(), ["sample.steps=1", "dtype=float32"], **named)
+    shapes, now, most = {}, Counter(), [0]
+
+    def velocity(z, t, text, context=None, keep_context=None):
+        shapes.setdefault("plan" if context is None else "latents", tuple(z.shape[1:]))
+        shapes["text"] = tuple(text.shape[1:])
+        if context is not None:
+            shapes["context"] = tuple(context.shape[1:])
+        return torch.zeros_like(z)
+
+    def decode_pieces(latents):
+        shapes["decoded"] = tuple(latents.shape[1:])
+        yield from torch.zeros(1, 3, 121, 6, 10).split(16, 2)
+
+    dits = {
+        name: 4 * parameters(getattr(config, stage))
+        for name, stage in (("planner", "semantic"), ("painter", "latent"))
+    }
+    tokens = torch.zeros(1, config.text.words, config.text.dim)
+    parts = {  # bytes in memory, what is offered
+        "text": (11.4e9, {"config": config.text, "count": len, "encode": lambda texts: tokens}),
+        "planner": (dits["planner"], {"work": velocity}),
+        "compressor": (1e6, {"denormalise": lambda plan: plan}),
+        "painter": (dits["painter"], {"work": velocity}),
+        "vae": (0.5e9, {"decode_pieces": decode_pieces}),
+    }
+    for name, (size, offers) in parts.items():
+
+        def opened(run, name=name, size=size, offers=offers):
+            part = StandIn(**offers)
+            now[name] = size
+            weakref.finalize(part, now.pop, name)
+            most[0] = max(most[0], now.total())
+            return part
+
+        found = cached_property(opened)
+        found.__set_name__(Run, name)
+        monkeypatch.setattr(Run, name, found)
+    monkeypatch.setattr(Run, "encoder", property(lambda run: pytest.fail("the encoder was opened")))
+    monkeypatch.setattr(Run, "check_there", lambda run, stage: None)
+    monkeypatch.setattr(Run, "finished", lambda run, stage: stage in ("latent", "semantic"))
+    Run.create(tmp_path / "run", config)
+    arguments = ["--run", tmp_path / "run", "--out", tmp_path / "x.png"]
+    assert call(sample.main, PROMPT, OTHER, *arguments) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "x.png")]  # nothing is a preview
+    plan, latents = (
+        (8, 4, 17, 30),
+        (16, 31, 60, 104),
+    )  # 5 s: 8 frames of 476 x 840, 121 of 480 x 832
+    expected = {"plan": plan, "context": plan, "latents": latents, "decoded": latents}
+    assert shapes == {**expected, "text": (512, 4096)}
+    together = [("text",), ("planner", "compressor"), ("painter",), ("vae",)]
+    assert most[0] == max(sum(parts[name][0] for name in group) for group in together)
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -461,7 +757,48 @@ def test_arguments_reach_the_sampler(run, tmp_path, arguments, options):
     out = tmp_path / "x.webp"
     assert call(sample.main, PROMPT, "--run", run.path, "--out", out, *arguments) == 0
     seed = prompt_seed(4 if "--seed" in arguments else 0, PROMPT)
-    assert torch.equal(read_video(out), enlarge(generate(run, [PROMPT], [seed], **options)[0]))
+    options = replace(run.config.sample, **options)
+    assert torch.equal(read_video(out), enlarge(generate(run, [PROMPT], [seed], None, options)[0]))
+
+
+def test_a_prompt_that_is_not_read_to_its_end_is_told(run, tmp_path, capsys):
+    """The rest is not read: the video is that of the first words."""
+    words = [f"w{k}" for k in range(run.config.text.words)]
+    fits, longer = " ".join(words), " ".join([*words, "and", "more"])
+    out = tmp_path / "x.webp"
+    assert call(sample.main, fits, longer, longer + " words", "--run", run.path, "--out", out) == 0
+    first, second, *files = capsys.readouterr().out.splitlines()
+    assert "the first 16 of its 18 words" in first and first.startswith("w0 w1")
+    assert "the first 16 of its 19 words" in second and len(files) == 4
+    assert torch.equal(run.text.encode([longer]), run.text.encode([fits]))
+
+
+@pytest.mark.parametrize("prompt", ["x " * 10**6, "\x1b[31m \udcff\n" + "y\t" * 20])
+def test_what_is_told_of_a_prompt_is_one_short_line(run, tmp_path, capsys, prompt):
+    assert call(sample.main, "--run", run.path, "--out", tmp_path / "x.png", "--", prompt) == 0
+    told, file = capsys.readouterr().out.splitlines()
+    assert told.isprintable() and len(told) < 150 and file == str(tmp_path / "x.png")
+
+
+def test_previews_are_told(tmp_path, capsys):
+    """Each in one line, by the name of its network; what is finished is not mentioned."""
+    run = random_run(tmp_path / "run")
+    notes = {"vae": (500, 500), "latent": (200, 1800), "semantic": (1200, 1200), "base": (7, 9)}
+    for stage, (steps, of) in notes.items():
+        run.save(stage, load_file(run.weights_file(stage)), {"steps": steps, "of": of})
+    for other in ("semantic", "base"):  # they name the weights that they were trained on
+        run.save(other, load_file(run.weights_file(other)), {"steps": notes[other][0], "of": 9})
+    painter, base = "painter: a preview at step 200 of 1800", "base: a preview at step 7 of 9"
+    out = ["--run", run.path, "--out", tmp_path / "x.png"]
+    assert call(sample.main, PROMPT, *out) == 0
+    assert capsys.readouterr().out.splitlines() == [painter, str(tmp_path / "x.png")]
+    assert call(sample.main, PROMPT, *out, "--base") == 0
+    assert capsys.readouterr().out.splitlines() == [base, str(tmp_path / "x.png")]
+    few = ["--run", run.path, "--prompts", 2, "--steps", 1]
+    for arguments, told in (([], painter), (["--base"], base)):
+        assert call(evaluate.main, *few, *arguments) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(told + "\n") and out.count("a preview") == 1
 
 
 def test_longer_videos_on_the_command_line(run, tmp_path):
@@ -481,8 +818,7 @@ def test_the_base_model_needs_no_planner(tmp_path):
     run = random_run(tmp_path / "run", stages=["vae", "base"])
     out = tmp_path / "x.webp"
     assert call(sample.main, PROMPT, "--run", run.path, "--out", out, "--base") == 0
-    seed, guidance = prompt_seed(0, PROMPT), run.config.sample.base_guidance
-    expected = paint(run, [PROMPT], [seed], None, base_guidance=guidance)[0]
+    expected = paint(run, run.text.encode([PROMPT]), [prompt_seed(0, PROMPT)], None)[0]
     assert torch.equal(read_video(out), enlarge(expected))
 
 
@@ -510,7 +846,7 @@ def test_a_reference_video_stands_in_for_stage_one(tmp_path, prompts, monkeypatc
     assert (sheet[0].float() - original).abs().mean() < 2  # made small again
     plan = reference_plans(run, reference_clip(reference, run.config.data).semantic_video)
     for prompt, video in zip(prompts or [""], painted, strict=True):
-        expected = paint(run, [prompt], [prompt_seed(0, prompt)], plan)[0]
+        expected = paint(run, run.text.encode([prompt]), [prompt_seed(0, prompt)], plan)[0]
         assert torch.equal(video, enlarge(expected))
 
 

@@ -1,7 +1,11 @@
-"""Scores of videos of the synthetic world, read from their pixels alone."""
+"""Scores of videos of the synthetic world, read from their pixels alone.
+
+Only subject consistency needs a network: `encode` is that of a semantic encoder, pairs of frames
+(B, 3, 2, H, W) in [-1, 1] -> features (B, d, 1, hs, ws). It stands in for the DINO of VBench.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +13,6 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from data import to_float
-from run import Run
 from toy.reader import GREW, UNCLEAR, read, read_stories, things, tracks
 from toy.world import GROWTH, MOTIONS, Thing, World, motions_of
 
@@ -32,7 +35,7 @@ LONG_SCORES = {  # of clips with several events, --long
     "number": "clips with the right number of objects, each of them there in every event",
     "colour": "of these, clips whose colours are right, in order, from the first event to the last",
     "shape": "clips in which each shape is right in every event in which the object is large",
-    "size": "clips in which no radius is ever a quarter off what the events make of it",
+    "size": "clips in which all radii stay within a quarter of what the events ask for",
     "story": "clips in which colours and all events are right, in order",
     "event": "events that are right",
     **{name: SCORES[name] for name in VIEWS},
@@ -72,33 +75,21 @@ def motion_amount(video: Tensor) -> float:
 
 
 @torch.no_grad()
-def subject_consistency(run: Run, video: Tensor) -> Tensor:
-    """Return VBench's subject consistency with our encoder instead of DINO, (B,) in percent.
+def subject_consistency(videos: Tensor, encode: Callable, size: Sequence[int]) -> Tensor:
+    """Return VBench's subject consistency of videos (B, 3, F, H, W) uint8, (B,) in percent.
 
-    video: (B, 3, F, H, W) uint8. Each frame is shown to the encoder as a pair of itself.
+    Each frame is shown to the encoder as a pair of itself; size: the (H, W) that it reads.
     """
-    data = run.config.data
-    frames = rearrange(to_float(video), "b c f h w -> (b f) c h w")
-    size = (data.semantic_height, data.semantic_width)
-    if frames.shape[2:] != size:
+    frames = rearrange(to_float(videos), "b c f h w -> (b f) c h w")
+    if frames.shape[2:] != (*size,):
         frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
     pairs = repeat(frames, "n c h w -> n c two h w", two=2)
-    features = torch.cat([run.encoder.encode(x.to(run.device)).cpu() for x in pairs.split(256)])
+    features = torch.cat([encode(x).cpu() for x in pairs.split(256)])
     features = F.normalize(reduce(features, "n d s h w -> n d", "mean"), dim=1)
-    features = features.unflatten(0, (len(video), -1))  # (B, F, d)
+    features = features.unflatten(0, (len(videos), -1))  # (B, F, d)
     with_first = (features[:, 1:] * features[:, :1]).sum(-1)  # (B, F - 1)
     with_last = (features[:, 1:] * features[:, :-1]).sum(-1)
     return 50 * (with_first + with_last).mean(1)
-
-
-def score(run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]]) -> dict[str, float]:
-    """Return every score of SCORES: videos (B, 3, F, H, W) uint8, made for those scenes."""
-    values: dict[str, list[float]] = {name: [] for name in SCORES}
-    for video, scene in zip(videos, scenes, strict=True):
-        for name, found in agreement(read(video, run.config.data.events), scene).items():
-            values[name] += found
-    scores = {name: 100 * sum(v) / len(v) for name, v in values.items() if v}
-    return scores | {name: float(x.mean()) for name, x in views(run, videos).items()}
 
 
 def size_kept(radii: Tensor, motion: str) -> bool:
@@ -131,52 +122,75 @@ def long_agreement(video: Tensor, scene: Sequence[Thing], events: int) -> dict[s
     return {**{name: [float(value)] for name, value in right.items()}, "event": event}
 
 
-def views(run: Run, videos: Tensor) -> dict[str, Tensor]:
-    """Return the scores of VIEWS of each video (B, 3, F, H, W) uint8, (B,) each, in percent."""
+def views(videos: Tensor, consistency: Callable) -> dict[str, Tensor]:
+    """Return the scores of VIEWS of each video (B, 3, F, H, W) uint8, (B,) each, in percent.
+
+    consistency: what returns the subject consistency of videos, as `subject_consistency` does.
+    """
     x = videos.float() / 255
     flicker = (x[:, :, 1:] - x[:, :, :-1]).abs().flatten(1).mean(1)
     bend = (x[:, :, 1:-1] - (x[:, :, 2:] + x[:, :, :-2]) / 2).abs().flatten(1).mean(1)
     return {
-        "subject": subject_consistency(run, videos),
+        "subject": consistency(videos),
         "flicker": 100 * (1 - flicker),
         "smooth": 100 * (1 - bend),
         "moved": torch.tensor([motion_amount(video) for video in videos]),
     }
 
 
-def end_scores(run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]]) -> dict[str, Tensor]:
-    """Return the scores of DRIFT of each short piece of a clip, (B,) each, in percent."""
+def end_scores(
+    videos: Tensor, scenes: Sequence[Sequence[Thing]], consistency: Callable
+) -> dict[str, Tensor]:
+    """Return the scores of DRIFT of the first or the last part of clips, (B,) each, in percent."""
     colours, shapes = [], []
     for video, scene in zip(videos, scenes, strict=True):
         found = {thing.colour: thing for thing in things(video)}
         same = [found[w.colour].shape == w.shape for w in scene if w.colour in found]
         colours.append(100 * len(same) / len(scene))
         shapes.append(100 * sum(same) / len(scene))
-    return {"colour": torch.tensor(colours), "shape": torch.tensor(shapes), **views(run, videos)}
+    seen = {"colour": torch.tensor(colours), "shape": torch.tensor(shapes)}
+    return seen | views(videos, consistency)
 
 
-def drift(run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]]) -> dict[str, float]:
-    """Return FramePack's drift: the score of the first 15 % less that of the last 15 %.
+def drift(
+    videos: Tensor, scenes: Sequence[Sequence[Thing]], consistency: Callable
+) -> dict[str, float]:
+    """Return FramePack's drift: by how much a score of the last 15 % differs from the first's.
 
     Of every score of DRIFT, absolute for each clip, then the mean over clips (B, 3, F, H, W) uint8.
     """
     frames = max(3, round(ENDS * videos.shape[2]))
-    start = end_scores(run, videos[:, :, :frames], scenes)
-    end = end_scores(run, videos[:, :, -frames:], scenes)
+    start = end_scores(videos[:, :, :frames], scenes, consistency)
+    end = end_scores(videos[:, :, -frames:], scenes, consistency)
     return {name: float((start[name] - end[name]).abs().mean()) for name in DRIFT}
 
 
-def score_long(
-    run: Run, videos: Tensor, scenes: Sequence[Sequence[Thing]], events: int
+def score(
+    videos: Tensor,
+    scenes: Sequence[Sequence[Thing]],
+    events: int,
+    consistency: Callable,
+    long: bool = False,
 ) -> dict[str, float]:
-    """Return every score of LONG_SCORES, and drifts as "drift of NAME"."""
-    values: dict[str, list[float]] = {name: [] for name in LONG_SCORES}
+    """Return every score of videos (B, 3, F, H, W) uint8 made for those scenes, in percent.
+
+    events: of each object in a clip. long: those of LONG_SCORES, and drifts as "drift of NAME",
+    instead of those of SCORES.
+    """
+    values: dict[str, list[float]] = {name: [] for name in (LONG_SCORES if long else SCORES)}
     for video, scene in zip(videos, scenes, strict=True):
-        for name, found in long_agreement(video, scene, events).items():
+        if long:
+            right = long_agreement(video, scene, events)
+        else:
+            right = agreement(read(video, events), scene)
+        for name, found in right.items():
             values[name] += found
     scores = {name: 100 * sum(v) / len(v) for name, v in values.items() if v}
-    scores |= {name: float(x.mean()) for name, x in views(run, videos).items()}
-    return scores | {f"drift of {name}": x for name, x in drift(run, videos, scenes).items()}
+    scores |= {name: float(x.mean()) for name, x in views(videos, consistency).items()}
+    if long:
+        drifts = drift(videos, scenes, consistency)
+        scores |= {f"drift of {name}": x for name, x in drifts.items()}
+    return scores
 
 
 def psnr(videos: Tensor, real: Tensor) -> float:
@@ -203,4 +217,21 @@ def table(rows: dict[str, dict[str, float]], names: Sequence[str] = (*SCORES,)) 
     lines = [" " * width + "".join(f"{name.split()[-1]:>9}" for name in names)]
     for name, scores in rows.items():
         lines.append(f"{name:<{width}}" + "".join(f"{scores.get(s, math.nan):9.1f}" for s in names))
+    return "\n".join(lines)
+
+
+def report(rows: dict[str, dict[str, float]], long: bool) -> str:
+    """Return all scores as a table; long: those of LONG_SCORES, and their drifts as another."""
+    if not long:
+        return table(rows)
+    drifts = table(rows, [f"drift of {name}" for name in DRIFT])
+    return f"{table(rows, (*LONG_SCORES,))}\n\ndrift of\n{drifts}"
+
+
+def explained(long: bool = False) -> str:
+    """Tell how each score is computed, one a line."""
+    lines = [f"  {name:<9}{how}" for name, how in (LONG_SCORES if long else SCORES).items()]
+    if long:
+        lines += ["Drift is by how much a score differs between the first 15 % of a clip and"]
+        lines += ["the last (FramePack). A video that stands still has none: see moved."]
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+from safetensors.torch import load_file
 
 from config import Config, override, tiny
 from run import Run
@@ -65,7 +66,7 @@ def content(run: Run, stage: str) -> tuple:
     del state["seconds"]
     lines = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
     lines = [{k: v for k, v in x.items() if k not in CLOCK} for x in lines if x["stage"] == stage]
-    return run.load(stage).state_dict(), state, lines
+    return load_file(run.weights_file(stage)), state, lines
 
 
 def equal(one, other) -> bool:

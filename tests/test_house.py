@@ -38,10 +38,10 @@ MOST = {"plumbing": 1500, "all": 5200}  # lines of rooms
 FUNCTION_LINES, FORWARD_LINES = 60, 30
 
 # Not there yet. These lists only ever become shorter.
-BACKWARDS = ("plumbing.metrics",)
+BACKWARDS: tuple[str, ...] = ()
 TOO_LONG = ("prepare", "config", "run", "train")
 TOO_MUCH = ("plumbing", "all")
-LONG_FUNCTIONS = ("train",)
+LONG_FUNCTIONS: tuple[str, ...] = ()
 
 
 def not_yet(names, undone: tuple[str, ...]) -> list:

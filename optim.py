@@ -4,6 +4,7 @@ The paper names no optimizer, no schedule and no EMA; all of this is our choice 
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,15 @@ def lr_factor(step: int, config: StageConfig) -> float:
         return (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def changed_schedule(config: StageConfig, step: int, of: int) -> str:
+    """Say what becomes of the learning rate where a stage was to have another number of steps."""
+    before, now = lr_factor(step - 1, replace(config, steps=of)), lr_factor(step, config)
+    return (
+        f"it was to have {of} steps, now {config.steps}: the learning rate goes from {before:.0%} "
+        f"of its peak to {now:.0%}, and down from there"
+    )
 
 
 def ema_decay(step: int, config: StageConfig) -> float:

@@ -6,8 +6,7 @@
               metrics.jsonl loss.png samples/
 
 A part is trained here (its weights are the run's) or released (its weights stay where they are; the
-run keeps their place and digest). Trained parts form a chain: each weights file names the digests
-of those it was trained on, and parts that do not belong together are never used together.
+run keeps their place and digest). Parts that do not belong together are never used together.
 
     python run.py export runs/tiny assets/tiny      # weights alone, in half precision
 """
@@ -22,6 +21,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from chain import check_chain
 from config import Config, check_values, from_fields
 from model import DiT
 from parts import FLAGS, RELEASED, describe, flag, load_released
@@ -182,21 +182,6 @@ class Run:
         """Return the digests of the weights, as they are now, that a stage is trained on."""
         return {need: self.note(need).get("digest", "") for need in self.needs(stage)}
 
-    def check_chain(self, stage: str, made_of: dict[str, str] | None = None):
-        """Raise UserError if a stage was trained on other weights than are there now.
-
-        made_of: what it was trained on, if not its weights' own. What is not there or damaged, and
-        what older weights do not say, is not compared.
-        """
-        made_of = self.note(stage).get("made_of", {}) if made_of is None else made_of
-        for need, digest in made_of.items():
-            if self.note(need).get("digest", digest) != digest:
-                raise UserError(
-                    f"{self.path}: {stage} was trained on another {need} than is there now, they "
-                    f"do not belong together; train {stage} anew: python train.py --stage {stage} "
-                    f"--preset {self.config.preset} --out {self.path} --fresh"
-                )
-
     def check_there(self, stage: str):
         """Raise UserError if a trained stage has no weights, or some that do not belong here."""
         if self.released(stage):
@@ -206,7 +191,7 @@ class Run:
                 f"{self.path} has no {stage}.safetensors yet: python train.py --stage {stage} "
                 f"--preset {self.config.preset} --out {self.path}"
             )
-        self.check_chain(stage)
+        check_chain(self, stage)
 
     def identity(self) -> dict[str, object]:
         """Return all that decides how a clip is encoded: fields of data and parts, and digests."""

@@ -18,7 +18,7 @@ batch, on the CPU; `forward` returns the loss, a mean over the rows, and what to
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from config import Config, StageConfig
 from flow import flow_loss, path, sample_time
 from model import DiT
+from plumbing.device import count_flops, matmul_speed
 from plumbing.files import UserError
 from plumbing.seeds import Rows
 from semantic import Compressor
@@ -268,3 +269,44 @@ def measured(config: Config, stage: str, weights: dict[str, Tensor], data: Tenso
     module.load_state_dict(own, assign=True)
     module.set_statistics(data)
     return {**weights, **{prefix + n: x.detach() for n, x in module.state_dict().items()}}
+
+
+def set_up(modules: nn.ModuleDict, config: StageConfig):
+    """Compile what is expensive and switch on recomputation, as the stage's fields ask."""
+    networks = [modules[name] for name in ("dit", "encoder") if name in modules]
+    if "vae" in modules:
+        networks = [modules["vae"].encoder, modules["vae"].decoder]
+    for network in networks:
+        if config.checkpoint and hasattr(network, "checkpoint"):
+            network.checkpoint = True
+        if config.compile:
+            network.compile()
+
+
+def some_captions(source) -> list[str]:
+    """Return captions that have all usual words."""
+    return source.captions(range(min(4096, len(source))))
+
+
+def some_features(run, clips, tokens: int) -> Tensor:
+    """Return features of about so many tokens, (clips, d, S, hs, ws): enough for statistics."""
+    enough = max(1, tokens // run.config.plan_tokens())
+    return clips.features(range(min(len(clips), enough))).to(run.device)
+
+
+def work(run, progress, source, rows: Sequence[range]) -> dict[str, float]:
+    """Return what a step does, by the name of its rate: clips, tokens, and its share of the peak.
+
+    FLOPs are counted on a twin without data, in which nothing is computed.
+    """
+    config: StageConfig = getattr(run.config.stages, progress.stage)
+    parts = run.config.encoder.dim, run.config.compressor
+    with torch.device("meta"):
+        twin = learner(run.config, progress.stage, some_captions(source), Compressor(*parts))
+    inputs = progress.modules.draw(source, progress.rows(rows[0], 0))
+    flops = count_flops(twin, inputs) * len(rows)
+    return {
+        "clips_s": config.batch,
+        "tokens_s": config.batch * progress.modules.tokens // config.pieces,
+        "mfu": flops / matmul_speed(run.device, run.config.dtype),
+    }

@@ -24,15 +24,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from chain import check_origin, data_note
 from config import PRESETS, Config, StageConfig, override, preset
 from data import Folder, to_float
-from optim import build_optimizers, ema_decay, lr_factor, update_ema
+from optim import build_optimizers, changed_schedule, ema_decay, lr_factor, update_ema
 from parts import FLAGS, add_part_flags, check_weights_named, parts_from_flags
 from plumbing.cache import Cache, Memory
-from plumbing.device import computing, matmul_speed, moved, pinned, prepared_ahead
+from plumbing.device import computing, moved, pinned, prepared_ahead
 from plumbing.files import UserError, check_target, command, require
 from plumbing.folder import locked
 from plumbing.metrics import Reporter
@@ -42,8 +41,17 @@ from plumbing.seeds import text_seed
 from prepare import cache_parts, check_cache, clips_in_memory, clips_on_disk
 from run import HELD, Run
 from sample import show_stage
-from semantic import Compressor
-from stages import ORDER, RECIPE, USES, learner, measured
+from stages import (
+    ORDER,
+    RECIPE,
+    USES,
+    learner,
+    measured,
+    set_up,
+    some_captions,
+    some_features,
+    work,
+)
 from swin import fitting_window
 from toy.world import World
 
@@ -54,34 +62,6 @@ PATIENCE = 5  # steps in a row that may be skipped for a loss or gradient that i
 
 
 # --- the start of a stage -----------------------------------------------------------------------
-
-
-def data_note(dataset: World | Folder | Cache) -> dict[str, str]:
-    """Return what tells one dataset from another: a name, and a digest of its list of videos."""
-    if isinstance(dataset, World):
-        return {"name": "the synthetic world", "listing": ""}
-    return {"name": str(dataset.path.resolve()), "listing": dataset.listing}
-
-
-def check_origin(run: Run, stage: str, data: dict[str, str], state: dict | None):
-    """Raise UserError if a stage that was begun cannot go on as the command says.
-
-    It cannot with other weights than it was begun on, with other data, or without its state.
-    """
-    run.check_chain(stage)
-    run.check_chain(stage, (state or {}).get("made_of", {}))
-    for old in (run.note(stage).get("data"), (state or {}).get("data")):
-        if old and old["name"] != data["name"] and old["listing"] != (data["listing"] or None):
-            raise UserError(
-                f"{run.path}: {stage} learned from {old['name']}, not from {data['name']}: give "
-                "the same --data, another --out, or --fresh to start over"
-            )
-    steps = getattr(run.config.stages, stage).steps
-    if state is None and run.has(stage) and run.steps_of(stage) < steps:
-        raise UserError(
-            f"{run.path}: {stage} has weights of {run.steps_of(stage)} steps but no training state "
-            f"to go on from to {steps}: --fresh starts over"
-        )
 
 
 def begin(
@@ -102,58 +82,9 @@ def begin(
     progress = Progress(stage, modules, wrapped, **known)
     if state:
         progress.load(run.state_file(stage), state)
-        tell_new_schedule(progress, config, state.get("of", config.steps), team)
+        if state.get("of", config.steps) != config.steps:
+            team.say(f"{stage}: {changed_schedule(config, progress.step, state['of'])}")
     return progress
-
-
-def tell_new_schedule(progress: Progress, config: StageConfig, of: int, team: Team):
-    """Say what becomes of the learning rate if a stage was to have another number of steps."""
-    if of != config.steps and progress.step:
-        before = lr_factor(progress.step - 1, replace(config, steps=of))
-        now = lr_factor(progress.step, config)
-        team.say(
-            f"{progress.stage}: it was to have {of} steps, now {config.steps}: the learning rate "
-            f"goes from {before:.0%} of its peak to {now:.0%}, and down from there"
-        )
-
-
-def set_up(modules: nn.ModuleDict, config: StageConfig):
-    """Compile what is expensive and switch on recomputation, as the stage's fields ask."""
-    networks = [modules[name] for name in ("dit", "encoder") if name in modules]
-    if "vae" in modules:
-        networks = [modules["vae"].encoder, modules["vae"].decoder]
-    for network in networks:
-        if config.checkpoint and hasattr(network, "checkpoint"):
-            network.checkpoint = True
-        if config.compile:
-            network.compile()
-
-
-def some_captions(source) -> list[str]:
-    """Return captions that have all usual words."""
-    return source.captions(range(min(4096, len(source))))
-
-
-def some_features(run: Run, clips, tokens: int) -> Tensor:
-    """Return features of about so many tokens, (clips, d, S, hs, ws): enough for statistics."""
-    enough = max(1, tokens // run.config.plan_tokens())
-    return clips.features(range(min(len(clips), enough))).to(run.device)
-
-
-def count_flops(run: Run, progress: Progress, source, rows: Sequence[range]) -> float:
-    """Return this process's floating-point operations in one step, forward and backward.
-
-    Of matrix products, attention and convolutions, counted on a twin without data; recomputation
-    is not counted.
-    """
-    config = run.config
-    with torch.device("meta"):
-        compressor = Compressor(config.encoder.dim, config.compressor)
-        twin = learner(config, progress.stage, some_captions(source), compressor)
-    inputs = progress.modules.draw(source, progress.rows(rows[0], 0))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        twin(**moved(inputs, torch.device("meta")))[0].backward()
-    return counter.get_total_flops() * len(rows)
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -171,18 +102,21 @@ def train_stage(run: Run, stage: str, dataset, clips: Callable, seed: int, team:
         team.say(f"{stage}: already trained for {run.steps_of(stage)} steps")
         return
     source = source_of(stage, config, dataset, clips)
+    run.let_go()
     progress = begin(run, stage, source, data, seed, state, team)
     rows = team.rows(config.batch, config.accumulate)
-    team.say(described(run, progress, config, team))
-    reporter = Reporter(progress, run.path, team, amounts(run, progress, source, rows), board)
+    team.say(
+        f"{progress}, steps {progress.step} to {config.steps} of {config.batch} clips, "
+        f"{run.config.dtype} on {team.size} x {run.device.type}"
+    )
+    reporter = Reporter(progress, run.path, team, work(run, progress, source, rows), board)
     with Interrupt() as interrupt, reporter.bar:
         for batch in batches(run, progress, source, rows):
             if stage == "latent" and progress.step % MEASURE_EVERY == 0:
                 measure_plans(run, progress, source)
             progress.pending.append(one_step(run, progress, batch, team))
             progress.step += 1
-            rate = {"lr": lr_factor(progress.step - 1, config)}
-            warn_if_dead(reporter, reporter.after_step(rate, LOG_EVERY), config)
+            reporter.after_step({"lr": lr_factor(progress.step - 1, config)}, LOG_EVERY)
             done, stop = progress.step == config.steps, team.any(interrupt.wanted)
             shown = config.preview_every and progress.step % config.preview_every == 0
             if progress.step % SAVE_EVERY == 0 or stop or done or shown:
@@ -198,32 +132,6 @@ def train_stage(run: Run, stage: str, dataset, clips: Callable, seed: int, team:
     write_ema(run, progress, source, team)
     preview(run, stage, source, team)
     reporter.finish()
-
-
-def amounts(run: Run, progress: Progress, source, rows: Sequence[range]) -> dict[str, float]:
-    """Return what a step does, by the name of its rate: clips, tokens, share of the peak."""
-    config: StageConfig = getattr(run.config.stages, progress.stage)
-    tokens = config.batch * progress.modules.tokens // config.pieces
-    flops = count_flops(run, progress, source, rows)
-    peak = matmul_speed(run.device, run.config.dtype)
-    return {"clips_s": config.batch, "tokens_s": tokens, "mfu": flops / peak}
-
-
-def described(run: Run, progress: Progress, config: StageConfig, team: Team) -> str:
-    """Tell in one line what is about to be trained."""
-    millions = sum(p.numel() for p in progress.parameters) / 1e6
-    return (
-        f"{progress.stage}: {millions:.2f} M parameters, steps {progress.step} to {config.steps} "
-        f"of {config.batch} clips, {run.config.dtype} on {team.size} x {run.device.type}"
-    )
-
-
-def warn_if_dead(reporter: Reporter, line: dict, config: StageConfig):
-    """Say loudly that no channel of the plan carries anything any more."""
-    if line.get("active_channels") == 0 and line["step"] > config.warmup:
-        reporter.bar.write(
-            f"warning: step {line['step']}: the plan has died (KL is 0); lower kl_weight"
-        )
 
 
 def source_of(stage: str, config: StageConfig, dataset: World | Folder | Cache, clips: Callable):

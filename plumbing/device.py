@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def default_device() -> torch.device:
@@ -45,6 +46,16 @@ def computing(device: torch.device, dtype: str):
         if device.type == "cpu":  # torch's fused attention is slow here on short sequences
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
+
+
+def count_flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Return the floating-point operations of forward and backward of a model on the meta device.
+
+    Of matrix products, attention and convolutions; recomputation is not counted.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(**moved(inputs, torch.device("meta")))[0].backward()
+    return counter.get_total_flops()
 
 
 # --- what the device works on next --------------------------------------------------------------

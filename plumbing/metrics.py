@@ -103,17 +103,13 @@ class Reporter:
         )
         self.clock = self.lap = time.perf_counter()
 
-    def after_step(self, now: dict[str, float], every: int) -> dict:
-        """Count a step; after `every` steps and the last, write and return a line, else {}.
-
-        now: values of this moment.
-        """
+    def after_step(self, now: dict[str, float], every: int):
+        """Count a step; write a line after `every` steps and the last. now: values of now."""
         progress, clock = self.progress, time.perf_counter()
         progress.seconds, self.clock = progress.seconds + clock - self.clock, clock
         self.bar.update()
         if progress.step % every and progress.step < progress.of:
-            return {}
-        line = {}
+            return
         if self.team.first:
             each = (clock - self.lap) / len(progress.pending)
             rates = {name: amount / each for name, amount in self.a_step.items()}
@@ -121,9 +117,12 @@ class Reporter:
             line = self.metrics.write(progress.step, progress.pending, now, timings)
             loss = f"{line.get('loss', math.nan):.4f}"
             self.bar.set_postfix(loss=loss, clips_s=f"{line['clips_s']:.0f}")
+            if line.get("active_channels") == 0:
+                self.bar.write(
+                    f"warning: step {progress.step}: the plan has died (KL is 0); lower kl_weight"
+                )
         progress.pending.clear()
         self.lap = clock
-        return line
 
     def finish(self):
         """Draw the curves."""

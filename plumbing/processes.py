@@ -95,12 +95,12 @@ class Team:
 
         values: name -> any shape.
         """
-        sums = torch.stack([x.double().nansum().cpu() for x in values.values()])
-        counts = torch.stack([(~x.isnan()).sum().cpu() for x in values.values()]).double()
+        sums = torch.stack([x.double().nansum() for x in values.values()])
+        counts = torch.stack([(~x.isnan()).sum() for x in values.values()])
+        both = torch.stack([sums, counts]).cpu()  # the one place where a step waits for its device
         if self.size > 1:
-            both = torch.stack([sums, counts])
             dist.all_reduce(both)
-            sums, counts = both
+        sums, counts = both
         return dict(zip(values, (sums / counts).tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:

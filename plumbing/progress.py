@@ -35,6 +35,9 @@ class Progress:
         self.seconds = 0.0  # of training, over all sittings
         self.pending: list[dict] = []  # logs of steps that have no line in metrics.jsonl yet
 
+    def __str__(self) -> str:
+        return f"{self.stage}: {sum(p.numel() for p in self.parameters) / 1e6:.2f} M parameters"
+
     def rows(self, rows: range, step: int) -> Rows:
         """Return the random numbers of some rows of a step's batch."""
         return Rows(rows, self.seed, self.stage, step)

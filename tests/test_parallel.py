@@ -26,8 +26,7 @@ from plumbing.metrics import Metrics
 from plumbing.processes import Team
 from plumbing.seeds import Rows
 from run import Run
-from stages import NEEDS, learner
-from train import set_up
+from stages import NEEDS, learner, set_up
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train"])

@@ -1,0 +1,52 @@
+"""What belongs together: the weights, the data and the states that may be used with each other.
+
+A run's parts form a chain: encoder and VAE, then compressor and painter, then planner. Each weights
+file names the digests of those it was trained on, and each training state too; both name the data.
+Where the chain does not hold, one line says which stage is out of date, and what to do.
+"""
+
+from plumbing.files import UserError
+
+
+def check_chain(run, stage: str, made_of: dict[str, str] | None = None):
+    """Raise UserError if a stage was trained on other weights than are there now.
+
+    made_of: what it was trained on, if not its weights' own. What is not there or damaged, and what
+    older weights do not say, is not compared.
+    """
+    made_of = run.note(stage).get("made_of", {}) if made_of is None else made_of
+    for need, digest in made_of.items():
+        if run.note(need).get("digest", digest) != digest:
+            raise UserError(
+                f"{run.path}: {stage} was trained on another {need} than is there now, they do not "
+                f"belong together; train {stage} anew: python train.py --stage {stage} "
+                f"--preset {run.config.preset} --out {run.path} --fresh"
+            )
+
+
+def data_note(dataset) -> dict[str, str]:
+    """Return what tells one dataset from another: a name, and a digest of its list of videos."""
+    if not hasattr(dataset, "listing"):
+        return {"name": "the synthetic world", "listing": ""}
+    return {"name": str(dataset.path.resolve()), "listing": dataset.listing}
+
+
+def check_origin(run, stage: str, data: dict[str, str], state: dict | None):
+    """Raise UserError if a stage that was begun cannot go on as the command says.
+
+    It cannot with other weights than it was begun on, with other data, or without its state.
+    """
+    check_chain(run, stage)
+    check_chain(run, stage, (state or {}).get("made_of", {}))
+    for old in (run.note(stage).get("data"), (state or {}).get("data")):
+        if old and old["name"] != data["name"] and old["listing"] != (data["listing"] or None):
+            raise UserError(
+                f"{run.path}: {stage} learned from {old['name']}, not from {data['name']}: give "
+                "the same --data, another --out, or --fresh to start over"
+            )
+    steps = getattr(run.config.stages, stage).steps
+    if state is None and run.has(stage) and run.steps_of(stage) < steps:
+        raise UserError(
+            f"{run.path}: {stage} has weights of {run.steps_of(stage)} steps but no training state "
+            f"to go on from to {steps}: --fresh starts over"
+        )

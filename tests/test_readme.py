@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,13 @@ def test_every_module_is_in_the_list_of_files():
     listed = PAGES["docs/contracts.md"].partition("## Files")[2]
     for file in MODULES:
         assert f"`{file.relative_to(ROOT)}`" in listed
+
+
+def test_every_module_is_installed():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    modules = [file.relative_to(ROOT).with_suffix("") for file in MODULES]
+    assert set(setup["py-modules"]) == {str(m) for m in modules if len(m.parts) == 1}
+    assert set(setup["packages"]) == {m.parts[0] for m in modules if len(m.parts) == 2}
 
 
 @pytest.mark.parametrize("line", shown_commands())

@@ -194,7 +194,8 @@ def write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float):
     av = require("av", "video")
     stream = None
     options = {"movflags": "faststart"}  # a browser can begin before it has all
-    with replacing(path) as output, av.open(output.name, "w", "mp4", options=options) as file:
+    whole = path.absolute()  # else ffmpeg takes what stands before a colon for a protocol
+    with replacing(whole) as output, av.open(output.name, "w", "mp4", options=options) as file:
         for picture in pictures:
             height, width = (side - side % 2 for side in picture.shape[:2])  # yuv420p
             if stream is None:

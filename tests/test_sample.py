@@ -850,6 +850,22 @@ def test_a_reference_video_stands_in_for_stage_one(tmp_path, prompts, monkeypatc
         assert torch.equal(video, enlarge(expected))
 
 
+@pytest.mark.parametrize("name", ["12:30:05", "http:x", "a b%d", "-", "~", "[x]"])
+def test_names_are_only_names(run, tmp_path, monkeypatch, capsys, name):
+    """Of what is written and of a reference, in the current folder: ffmpeg knows them as URLs."""
+    pytest.importorskip("av")
+    monkeypatch.chdir(tmp_path)
+    out = ["--run", run.path, f"--out={name}.mp4"]
+    assert call(sample.main, *out, "--", PROMPT) == 0
+    assert capsys.readouterr().out.split("\n")[:2] == [f"{name}.mp4", f"{name}.png"]
+    again = ["--run", run.path, "--out", "again.webp", f"--reference={name}.mp4"]
+    assert call(sample.main, *again) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *(f"{name}.mp4", f"{name}.png"),
+        *("again.webp", "again.png"),
+    }
+
+
 def test_mistakes_are_one_line_and_exit_code_2(run, tmp_path, capsys):
     somewhere = ["--run", run.path]
     cases = [

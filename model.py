@@ -106,16 +106,17 @@ def to_frames(x: Tensor, grid: Grid, patch: int = 1) -> Tensor:
     return rearrange(x, "b (t h w) (c p q) -> b c t (h p) (w q)", **sizes)
 
 
-def grid_coords(frames: int, height: int, width: int, rate: float) -> Tensor:
+def grid_coords(
+    frames: int, height: int, width: int, rate: float, device: torch.device | None = None
+) -> Tensor:
     """Return (seconds, y, x) of every token's centre, (frames * height * width, 3); y, x in [0, 1].
 
     Both streams are placed in the same coordinates: they line up although their rates differ.
     """
-    axes = (
-        (torch.arange(frames) + 0.5) / rate,
-        (torch.arange(height) + 0.5) / height,
-        (torch.arange(width) + 0.5) / width,
-    )
+    axes = [
+        (torch.arange(count, device=device) + 0.5) / extent
+        for count, extent in ((frames, rate), (height, height), (width, width))
+    ]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
 
 
@@ -321,7 +322,8 @@ class DiT(nn.Module):
 
     def place(self, grids: Sequence[Grid], start: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Return what tells a token its place and stream, (N, D); RoPE's cos and sin, (N, d/2)."""
-        coords = torch.cat([grid_coords(*grid) for grid in grids]).to(self.type_embedding.device)
+        device = self.type_embedding.device
+        coords = torch.cat([grid_coords(*grid, device) for grid in grids])
         coords = torch.cat([coords[:, :1] + start, coords[:, 1:]], 1)  # (N, 3)
         features, cos, sin = self.positions(coords)
         # By token, with the features: torch 2.13 fails to compile, in bfloat16 on a CPU, the

@@ -1,4 +1,4 @@
-"""Before training: look at what a model will see, and encode clips once, on disk or in memory.
+"""Two commands before training: look at what a model will see, and encode videos once.
 
 python prepare.py preview --data FOLDER --out preview.png
 python prepare.py precompute FOLDER --out CACHE --qwen WEIGHTS --vae WEIGHTS --text WEIGHTS
@@ -6,121 +6,19 @@ python prepare.py precompute FOLDER --out CACHE --qwen WEIGHTS --vae WEIGHTS --t
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from config import Config, override, preset
-from data import DataConfig, Folder, clips_of, to_float
-from parts import FLAGS, add_part_flags, check_weights_named, parts_from_flags
-from plumbing.cache import Cache, Memory, end_cache, refuse_other, start_cache, write_entry
-from plumbing.captions import list_videos
-from plumbing.device import computing
-from plumbing.fields import build_field, flat_fields
+from config import override, preset
+from data import DataConfig, Folder
+from encode import encode_folder
+from parts import add_part_flags, check_weights_named, parts_from_flags
+from plumbing.cache import Cache
 from plumbing.files import UserError, check_target, command
-from plumbing.processes import Team
 from plumbing.sheet import contact_sheet
-from plumbing.video import READER
 from run import Run
 from toy.world import World
-
-PARTS = ("data", *FLAGS)  # the components that decide how clips are encoded
-
-
-def clips_in_memory(run: Run, world: World) -> Memory:
-    """Return the world's clips, encoded by a run's parts when they are first asked for."""
-
-    def computes(part: str):
-        return computing(run.device, "float32" if run.released(part) else run.config.dtype)
-
-    def latents(indices: Sequence[int]) -> Tensor:
-        with computes("vae"):
-            video = to_float(world.batch(indices).video).to(run.device)
-            return torch.stack(run.vae.posterior(video), 1).cpu()
-
-    def features(indices: Sequence[int]) -> Tensor:
-        with computes("encoder"):
-            video = to_float(world.semantic_video(indices)).to(run.device)
-            return run.encoder.encode(video).bfloat16().cpu()
-
-    def text(indices: Sequence[int]) -> Tensor:
-        with computes("text"):
-            return run.text.encode(world.captions(indices)).cpu()
-
-    encode = {"latents": latents, "features": features, "text": text}
-    return Memory(len(world), world.captions, encode)
-
-
-def header_of(run: Run, folder: Path, dtype: str) -> dict:
-    """Return the header of the cache that a run's parts make of a folder (`start_cache`)."""
-    if untrained := [x for x in ("vae", "encoder") if not run.released(x) and not run.has(x)]:
-        raise UserError(f"{run.path} has no {untrained[0]} yet: train --stage {untrained[0]} first")
-    config = run.config
-    return {
-        "key": {**run.identity(), "reader": READER, "stored": dtype},
-        "parts": {k: v for k, v in flat_fields(config).items() if k.split(".")[0] in PARTS},
-        "shapes": {
-            "latents": (2, config.vae.channels, *config.latent_grid()),
-            "features": (config.encoder.dim, *config.plan_grid()),
-            "text": (config.text.words, config.text.dim),
-        },
-        "videos": [(f.relative_to(folder).as_posix(), text) for f, text in list_videos(folder)],
-    }
-
-
-@torch.no_grad()
-def encode_folder(
-    run: Run, folder: Path, out: Path, dtype: str = "bfloat16", rank: int = 0, processes: int = 1
-) -> bool:
-    """Encode this process's share of what the cache of a folder lacks; return whether it is whole.
-
-    dtype: of what is stored. The text encoder is let go before VAE and semantic encoder are loaded.
-    UserError if `out` was made with other parts, rates or sizes.
-    """
-    header, stored = header_of(run, folder, dtype), getattr(torch, dtype)
-    todo = start_cache(out, header, folder, rank, processes)
-    run.let_go()
-    texts = []
-    for _, caption in tqdm(todo, "encoding captions", leave=False, disable=not todo):
-        tokens = run.text.encode([caption])[0]
-        tokens = tokens[: int(tokens.any(1).sum())]  # without padding, whose rows are zero
-        texts.append(tokens.to("cpu", stored, copy=True))
-    run.let_go()
-    for (name, caption), text in zip(tqdm(todo, "encoding", disable=not todo), texts, strict=True):
-        clips = clips_of(folder / name, caption, run.config.data)
-        clips = encode_clips(run.vae, run.encoder, clips, run.device, stored)
-        write_entry(out, header, folder, name, caption, clips, text)
-    run.let_go()
-    return end_cache(out, header)
-
-
-def encode_clips(vae, encoder, clips, device, stored: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """Encode clips, (3, F, H, W) and (3, Fs, Hs, Ws) uint8, each alone."""
-    for video, low_rate in clips:
-        latents = torch.stack(vae.posterior(to_float(video[None]).to(device)), 1)[0]
-        features = encoder.encode(to_float(low_rate[None]).to(device))[0]
-        yield {"latents": latents.to("cpu", stored), "features": features.to("cpu", stored)}
-
-
-def clips_on_disk(run: Run, folder: Path, out: Path, team: Team) -> Cache:
-    """Return the cache of a folder, once every process has encoded its share of what it lacks."""
-    encode_folder(run, folder, out, rank=team.rank, processes=team.size)
-    team.wait()
-    return Cache(out)
-
-
-def check_cache(cache: Cache, run: Run):
-    """Raise UserError that names what differs if a cache was not made by a run's parts."""
-    key = cache.header["key"]
-    refuse_other(cache.path, key, {**run.identity(), "reader": READER, "stored": key["stored"]})
-
-
-def cache_parts(cache: Cache) -> dict[str, object]:
-    """Return the configurations {"data", "vae", "encoder", "text"} that a cache was made with."""
-    return {part: build_field(Config, part, cache.header["parts"]) for part in PARTS}
 
 
 def preview(args: argparse.Namespace):

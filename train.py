@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from chain import check_origin, data_note
 from config import PRESETS, Config, StageConfig, override, preset
 from data import Folder, to_float
+from encode import cache_parts, check_cache, clips_in_memory, clips_on_disk
 from optim import build_optimizers, changed_schedule, ema_decay, lr_factor, update_ema
 from parts import FLAGS, add_part_flags, check_weights_named, parts_from_flags
 from plumbing.cache import Cache, Memory
@@ -38,7 +39,6 @@ from plumbing.metrics import Reporter
 from plumbing.processes import Interrupt, Team, whole
 from plumbing.progress import Progress
 from plumbing.seeds import text_seed
-from prepare import cache_parts, check_cache, clips_in_memory, clips_on_disk
 from run import HELD, Run
 from sample import show_stage
 from stages import (

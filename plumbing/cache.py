@@ -1,8 +1,7 @@
 """Encoded clips: what the frozen parts make of videos, computed once and kept on disk or in memory.
 
-In both stages VAE, semantic encoder and text encoder are frozen (Sec. 3.2, 3.3), so that training
-needs none of them once their outputs are here. `Memory` keeps those of the synthetic world, `Cache`
-reads those of a folder of videos:
+Training needs none of these parts once their outputs are here. `Memory` keeps those of the
+synthetic world, `Cache` reads those of a folder of videos:
 
     CACHE/cache.json                    the key (what decides how clips are encoded), the parts, the
                                         shapes, and the videos: names and captions
@@ -110,22 +109,16 @@ def video_file(cache: Path, name: str, caption: str) -> Path:
     return cache / "videos" / f"{readable}-{hash_of([name, caption])}.safetensors"
 
 
-def files_of(video: Path) -> list[Path]:
-    """Return the files that a video consists of: itself, or those in a folder of frames."""
-    found = sorted(video.glob("[!.]*")) if video.is_dir() else [video]
-    return [file for file in found if file.is_file()]
+def fingerprint(video: Path, content: bool = False) -> str:
+    """Return what stands for the names, sizes and times of a video's files, or for their content.
 
-
-def stamp_of(video: Path) -> str:
-    """Return what stands for the names, sizes and times of a video's files."""
-    found = [(file.name, file.stat()) for file in files_of(video)]
-    return hash_of([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found])
-
-
-def digest_of(video: Path) -> str:
-    """Return what stands for the names and contents of a video's files."""
-    files = files_of(video)
-    return hash_of([[file.name for file in files], digest(files)])
+    A video is one file, or those in a folder of frames.
+    """
+    files = sorted(video.glob("[!.]*")) if video.is_dir() else [video]
+    files = [file for file in files if file.is_file()]
+    if content:
+        return hash_of([[file.name for file in files], digest(files)])
+    return hash_of([[x.name, x.stat().st_size, x.stat().st_mtime_ns] for x in files])
 
 
 def open_video(cache: Path, header: dict, name: str, caption: str) -> tuple[safe_open, dict]:
@@ -156,7 +149,9 @@ def is_current(cache: Path, header: dict, folder: Path, name: str, caption: str)
         if re.search(INSTALLATION, made_of.get("skipped", "")):
             return False
         video = folder / name
-        return made_of["stamp"] == stamp_of(video) or made_of["digest"] == digest_of(video)
+        if made_of["stamp"] == fingerprint(video):
+            return True
+        return made_of["digest"] == fingerprint(video, content=True)
     except (UserError, OSError, LookupError, TypeError):
         return False
 
@@ -170,9 +165,9 @@ def write_entry(
     use. text: tokens of its caption without padding, (l, dim).
     """
     video, tensors = folder / name, {}
-    made_of = {"key": hash_of(header["key"]), "video": [name, caption], "stamp": stamp_of(video)}
+    made_of = {"key": hash_of(header["key"]), "video": [name, caption], "stamp": fingerprint(video)}
     try:
-        made_of["digest"] = digest_of(video)
+        made_of["digest"] = fingerprint(video, content=True)
         encoded = list(clips)
         tensors = {kind: torch.stack([clip[kind] for clip in encoded]) for kind in encoded[0]}
         tensors["text"] = text

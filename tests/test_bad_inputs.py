@@ -32,6 +32,7 @@ from safetensors.torch import load, load_file, save, save_file
 from test_run import MICRO, Payload, call, micro, random_run
 
 import config
+import encode
 import evaluate
 import prepare
 import run
@@ -73,7 +74,7 @@ def template(tmp_path_factory) -> Path:
         write_animation(videos / f"{name}.webp", [125] * 16, lossless=True)
     lines = [json.dumps({"video": f"{n}.webp", "caption": f"a {n}"}) for n in ("one", "two")]
     (videos / "captions.jsonl").write_text("\n".join(lines))
-    prepare.encode_folder(made, videos, desk / "cache", "float32")
+    encode.encode_folder(made, videos, desk / "cache", "float32")
     (desk / "empty").mkdir()
     shutil.copy(videos / "one.webp", desk / "clip.webp")
     shutil.copy(videos / "one.webp", desk / "clip.png")  # read by content
@@ -1148,6 +1149,10 @@ NOTES = {name: noted(change) for name, change in JSON_DAMAGE.items()} | {
     "fewer clips": noted(changed(clips=1)),
     "less than none": noted(changed(clips=-2)),
     "clips in words": noted(changed(clips="two")),
+    "more words": lambda x: save(
+        load(x) | {"text": torch.zeros(999, load(x)["text"].shape[1])},
+        json.loads(x[8 : 8 + int.from_bytes(x[:8], "little")])["__metadata__"],
+    ),
 }
 CACHED = ["--stage", "latent", "--out", "run", *MINI, "--data", "cache", "--steps", "6"]
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from test_run import MICRO, call, one_line, random_run
 
 import data
+import encode
 import plumbing.cache as cache_module
 import prepare
 import sample
@@ -80,7 +81,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def made(folder: Path, out: Path, run: Run, dtype: str = "float32") -> Cache:
-    assert prepare.encode_folder(run, folder, out, dtype)
+    assert encode.encode_folder(run, folder, out, dtype)
     return Cache(out)
 
 
@@ -123,7 +124,7 @@ def test_no_text_is_padding_alone(tmp_path, run, folder):
 
 def test_memory_offers_the_same_of_the_world(run):
     world = World(run.config.data)
-    memory = prepare.clips_in_memory(run, world).first(5)
+    memory = encode.clips_in_memory(run, world).first(5)
     batch = world.batch([3, 1])
     assert len(memory) == 5 and memory.captions([3, 1]) == batch.captions
     mean, log_variance = run.vae.posterior(to_float(batch.video))
@@ -177,7 +178,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_there(tmp_path, run, capsy
     assert [line.split(":")[0].strip() for line in lines[5:]] == [
         *("clips/1.webp", "clips/2.webp", "nowhere.webp", "clips/3.webp")
     ]
-    assert "no such file" in lines[7] and "no caption" in lines[8]
+    assert str(folder) not in "\n".join(lines[5:])
+    assert lines[7].endswith(": no such file") and "no caption" in lines[8]
     assert len(found) == len(Folder(folder, run.config.data, lambda _: None)) >= 3
 
 
@@ -195,7 +197,7 @@ def test_nothing_readable_is_an_error_of_the_cache(tmp_path, run):
 def test_any_number_of_processes_makes_the_same_cache(tmp_path, run, folder, processes):
     made(folder, tmp_path / "one", run)
     for rank in range(processes):
-        done = prepare.encode_folder(run, folder, tmp_path / "many", "float32", rank, processes)
+        done = encode.encode_folder(run, folder, tmp_path / "many", "float32", rank, processes)
         assert done == (rank == processes - 1)
         if not done:
             with pytest.raises(UserError, match=r"not finished \(\d of 8 videos are missing\)"):
@@ -206,7 +208,7 @@ def test_any_number_of_processes_makes_the_same_cache(tmp_path, run, folder, pro
 def encode_share(folder: Path, out: Path, run_path: Path, rank: int, processes: int):
     """In a process of its own."""
     torch.set_num_threads(1)
-    prepare.encode_folder(Run.open(run_path), folder, out, "float32", rank, processes)
+    encode.encode_folder(Run.open(run_path), folder, out, "float32", rank, processes)
 
 
 def encode_until_killed(folder: Path, out: Path, run_path: Path, delay: float | None):
@@ -217,14 +219,14 @@ def encode_until_killed(folder: Path, out: Path, run_path: Path, delay: float | 
         kill = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
         kill.daemon = True
         kill.start()
-    prepare.encode_folder(run, folder, out, "float32")
+    encode.encode_folder(run, folder, out, "float32")
 
 
 def test_killed_at_twenty_moments_and_started_again(tmp_path, run):
     """The cache is that of an undisturbed run, byte for byte, and no video is encoded twice."""
     folder, out = write_folder(tmp_path / "videos", 100), tmp_path / "killed"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prepare"])
+    context.set_forkserver_preload(["encode"])
 
     def start(where: Path, delay: float | None) -> int:
         process = context.Process(
@@ -252,8 +254,8 @@ def test_killed_at_twenty_moments_and_started_again(tmp_path, run):
 def test_a_finished_cache_is_left_alone(tmp_path, run, folder, monkeypatch):
     made(folder, tmp_path, run)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    monkeypatch.setattr(prepare, "encode_clips", None)
-    monkeypatch.setattr(prepare, "clips_of", None)
+    monkeypatch.setattr(encode, "encode_clips", None)
+    monkeypatch.setattr(encode, "clips_of", None)
     made(folder, tmp_path, run)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
@@ -262,7 +264,7 @@ def test_three_processes_at_once(tmp_path, run, folder):
     """Each with its share, as torchrun starts them."""
     made(folder, tmp_path / "one", run)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prepare"])
+    context.set_forkserver_preload(["encode"])
     processes = [
         context.Process(target=encode_share, args=(folder, tmp_path / "many", run.path, rank, 3))
         for rank in range(3)
@@ -329,6 +331,12 @@ def replace_film(folder: Path):
     write_video(folder / "clips/0.webp", 77, 1)
 
 
+def replace_by_one_of_the_same_time(folder: Path):
+    stat = (folder / "clips/1.webp").stat()
+    write_video(folder / "clips/1.webp", 79, 2)
+    os.utime(folder / "clips/1.webp", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def replace_by_one_as_old(folder: Path):
     """Another film of the same size and, as after `cp -p`, an older time."""
     film = folder / "clips/0.webp"
@@ -347,6 +355,13 @@ def swap(folder: Path, one: str, other: str):
 def rename_frames(folder: Path):
     for name, new in (("00", "x"), ("01", "00"), ("x", "01")):
         (folder / f"frames/{name}.png").rename(folder / f"frames/{new}.png")
+
+
+def number_frames(folder: Path):
+    """1, 2, ..., 12 are played in this order; by their letters they would be 1, 10, 11, 12, 2."""
+    frames = sorted((folder / "frames").iterdir())
+    for frame, name in zip(frames, sorted(str(k) for k in range(1, 13)), strict=True):
+        frame.rename(frame.with_name(f"{name}.png"))
 
 
 def touch_all(folder: Path):
@@ -378,6 +393,7 @@ CHANGES = {  # what is done to the folder, and the videos that are encoded for i
     "only touched": (touch_all, []),
     "another film": (replace_film, ["clips/0.webp"]),
     "another film of the same size, older": (replace_by_one_as_old, ["clips/0.webp"]),
+    "another film, of the same time": (replace_by_one_of_the_same_time, ["clips/1.webp"]),
     "a film that is longer": (
         lambda x: write_video(x / "clips/0.webp", 0, 3),
         ["clips/0.webp"],
@@ -411,6 +427,11 @@ CHANGES = {  # what is done to the folder, and the videos that are encoded for i
     ),
     "one frame less": (lambda x: (x / "frames/11.png").unlink(), ["frames"]),
     "two frames that swapped their names": (rename_frames, ["frames"]),
+    "frames in another order": (number_frames, ["frames"]),
+    "what a system keeps beside frames": (
+        lambda x: (x / "frames/.DS_Store").write_bytes(b"."),
+        [],
+    ),
     "a film of another name": (rename_film, ["new.webp"]),
     "another caption": (
         lambda x: write_captions(x, ("clips/0.webp", "b"), *captions(x)[1:]),
@@ -456,11 +477,38 @@ def test_a_changed_folder_costs_what_has_changed(
         encoded.append(str(file.relative_to(changing)))
         return data.clips_of(file, *rest)
 
-    monkeypatch.setattr(prepare, "clips_of", clips_of)
+    monkeypatch.setattr(encode, "clips_of", clips_of)
     made(changing, tmp_path / "cache", run)
     assert encoded == expected
     made(changing, tmp_path / "new", run)
     assert contents(tmp_path / "cache") == contents(tmp_path / "new")
+
+
+def test_a_film_that_is_listed_twice_is_encoded_once(tmp_path, run, changing, monkeypatch):
+    write_captions(changing, *2 * [("clips/1.webp", "a 1")], ("clips/0.webp", "a 0"))
+    encoded = []
+
+    def clips_of(file, *rest):
+        encoded.append(file.name)
+        return data.clips_of(file, *rest)
+
+    monkeypatch.setattr(encode, "clips_of", clips_of)
+    found = made(changing, tmp_path / "cache", run)
+    assert encoded == ["1.webp", "0.webp"]
+    assert found.captions(range(len(found))) == ["a 1"] * 6 + ["a 0"]
+    assert torch.equal(found.features([0]), found.features([3]))
+
+
+def test_what_killed_processes_left_is_swept(tmp_path, run, changing):
+    found = made(changing, tmp_path / "cache", run)
+    before, file = tree(tmp_path / "cache"), video_file(tmp_path / "cache", "frames", "a 4")
+    dead = multiprocessing.get_context("fork").Process()
+    dead.start()
+    dead.join()
+    for whole in (file, found.path / "cache.json"):
+        whole.with_name(f".{whole.name}.{dead.pid}.tmp").write_bytes(b"half")
+    made(changing, tmp_path / "cache", run)
+    assert tree(tmp_path / "cache") == before
 
 
 def test_what_is_moved_is_not_encoded_again(tmp_path, run, changing, monkeypatch):
@@ -469,7 +517,7 @@ def test_what_is_moved_is_not_encoded_again(tmp_path, run, changing, monkeypatch
     content = contents(tmp_path / "cache")
     shutil.move(tmp_path / "cache", tmp_path / "elsewhere")
     shutil.move(changing, tmp_path / "somewhere")
-    monkeypatch.setattr(prepare, "clips_of", None)
+    monkeypatch.setattr(encode, "clips_of", None)
     again = made(tmp_path / "somewhere", tmp_path / "elsewhere", run)
     assert contents(tmp_path / "elsewhere") == content  # no folder's name is in it
     assert again.listing == before.listing
@@ -500,7 +548,7 @@ def test_a_change_that_is_not_encoded_to_the_end_leaves_no_old_clip(
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "encode_clips", stopped)
+    monkeypatch.setattr(encode, "encode_clips", stopped)
     with pytest.raises(KeyboardInterrupt):
         made(changing, tmp_path / "cache", run)
     with pytest.raises(UserError, match=r"not finished \(2 of 7 videos are missing\)"):
@@ -539,8 +587,8 @@ def other_run(path: Path, run: Run, *settings: str) -> Run:
 
 def test_a_cache_fits_the_run_that_made_it_and_its_like(tmp_path, run, folder):
     found = made(folder, tmp_path / "cache", run)
-    prepare.check_cache(found, run)
-    prepare.check_cache(
+    encode.check_cache(found, run)
+    encode.check_cache(
         found, other_run(tmp_path / "like", run, "latent.width=64", "stages.latent.batch=5")
     )
 
@@ -558,10 +606,10 @@ def test_other_rates_and_sizes_are_named(tmp_path, run, folder, setting, said):
     found = made(folder, tmp_path / "cache", run)
     other = other_run(tmp_path / "other", run, *setting.split())
     with pytest.raises(UserError, match="is stale") as error:
-        prepare.check_cache(found, other)
+        encode.check_cache(found, other)
     assert said in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="is stale"):
-        prepare.encode_folder(other, folder, tmp_path / "cache", "float32")
+        encode.encode_folder(other, folder, tmp_path / "cache", "float32")
 
 
 @pytest.mark.parametrize("stage", ["vae", "encoder"])
@@ -572,27 +620,27 @@ def test_other_weights_are_named(tmp_path, run, folder, stage):
     next(iter(tensors.values())).flatten()[0] += 1
     other.save(stage, tensors, {})
     with pytest.raises(UserError, match=rf"is stale \({stage}.digest \w+ -> \w+\)"):
-        prepare.check_cache(found, other)
+        encode.check_cache(found, other)
     other.weights_file(stage).unlink()
     with pytest.raises(UserError, match="not trained yet"):
-        prepare.check_cache(found, other)
+        encode.check_cache(found, other)
     with pytest.raises(UserError, match=f"has no {stage} yet"):
-        prepare.encode_folder(other, folder, tmp_path / "more")
+        encode.encode_folder(other, folder, tmp_path / "more")
 
 
 def test_another_precision_is_not_mixed_in(tmp_path, run, folder):
     made(folder, tmp_path / "cache", run)
     with pytest.raises(UserError, match="stored float32 -> bfloat16"):
-        prepare.encode_folder(run, folder, tmp_path / "cache", "bfloat16")
+        encode.encode_folder(run, folder, tmp_path / "cache", "bfloat16")
 
 
 def test_another_way_of_reading_is_named(tmp_path, run, folder, monkeypatch):
     """What decodes videos has changed: what an earlier version has encoded may look different."""
     found = made(folder, tmp_path / "cache", run)
-    monkeypatch.setattr(prepare, "READER", 99)
+    monkeypatch.setattr(encode, "READER", 99)
     for use in (
-        lambda: prepare.check_cache(found, run),
-        lambda: prepare.encode_folder(run, folder, tmp_path / "cache", "float32"),
+        lambda: encode.check_cache(found, run),
+        lambda: encode.encode_folder(run, folder, tmp_path / "cache", "float32"),
     ):
         with pytest.raises(UserError, match=r"is stale \(reader \d+ -> 99\)"):
             use()
@@ -618,7 +666,7 @@ def test_a_header_changed_by_hand_is_noticed(tmp_path, run, folder):
 def test_a_cache_of_an_earlier_version_is_refused_in_one_line(tmp_path, run, folder):
     header = {"format": 1, "hash": "0" * 16, "groups": 1, "key": {}, "parts": {}}
     (tmp_path / "cache.json").write_text(json.dumps(header))
-    for use in (Cache, partial(prepare.encode_folder, run, folder)):
+    for use in (Cache, partial(encode.encode_folder, run, folder)):
         with pytest.raises(UserError, match=r"format 1, .*one file a video: remove") as error:
             use(tmp_path)
         assert "\n" not in str(error.value)
@@ -711,7 +759,7 @@ def test_latents_may_be_drawn_from_the_posterior(tmp_path, run, folder):
 
 
 def test_parts_come_back_from_a_cache(tmp_path, run, folder):
-    parts = prepare.cache_parts(made(folder, tmp_path, run))
+    parts = encode.cache_parts(made(folder, tmp_path, run))
     assert parts == {name: getattr(run.config, name) for name in parts}
     assert parts.keys() == {"data", "vae", "encoder", "text"}
     assert flat_fields(run.config.data) == flat_fields(parts["data"])

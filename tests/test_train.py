@@ -33,6 +33,7 @@ import sample
 import train
 from chain import check_chain
 from data import Folder
+from encode import clips_in_memory
 from flow import shift_time
 from optim import build_optimizers, ema_decay, lr_factor, update_ema
 from plumbing.device import computing, matmul_speed, prepared_ahead
@@ -41,7 +42,6 @@ from plumbing.metrics import Metrics
 from plumbing.processes import Team
 from plumbing.progress import Progress
 from plumbing.seeds import Rows
-from prepare import clips_in_memory
 from run import Run, export
 from semantic import Compressor
 from stages import NEEDS, ORDER, RECIPE, Painter, learner, work

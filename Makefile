@@ -10,7 +10,7 @@ demo: $(VENV)/demo.stamp  ## text to video with the shipped tiny weights (the fi
 	$(BIN)/python sample.py
 
 test: $(VENV)/test.stamp  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/test.stamp  ## check style and format
 	$(BIN)/python -m ruff check .

@@ -5,7 +5,10 @@ file names the digests of those it was trained on, and each training state too; 
 Where the chain does not hold, one line says which stage is out of date, and what to do.
 """
 
+from collections.abc import Callable, Sequence
+
 from plumbing.files import UserError
+from stages import NEEDS, ORDER
 
 
 def check_chain(run, stage: str, made_of: dict[str, str] | None = None):
@@ -22,6 +25,27 @@ def check_chain(run, stage: str, made_of: dict[str, str] | None = None):
                 f"belong together; train {stage} anew: python train.py --stage {stage} "
                 f"--preset {run.config.preset} --out {run.path} --fresh"
             )
+
+
+def check_order(run, stages: Sequence[str], say: Callable[[str], None]):
+    """Raise UserError, before anything is trained, if a stage could not go on after an earlier one.
+
+    To train a stage puts out of date what was trained on it as it is. Where that is not to be
+    trained now, it is said.
+    """
+    for stage in stages:
+        if run.finished(stage) and run.steps_of(stage) >= getattr(run.config.stages, stage).steps:
+            continue
+        late = [s for s in ORDER if stage in NEEDS[s]]
+        late = [s for s in late if run.has(s) or run.state_file(s).exists()]
+        names = " and ".join(late)
+        if late and set(late) & set(stages):
+            raise UserError(
+                f"{run.path}: {stage} would change, and {names} learned from it as it is: --fresh "
+                "trains all of them anew"
+            )
+        if late:
+            say(f"{stage} will change: {names} learned from it as it is, and will be out of date")
 
 
 def data_note(dataset) -> dict[str, str]:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from chain import check_origin, data_note
+from chain import check_order, check_origin, data_note
 from config import PRESETS, Config, StageConfig, override, preset
 from data import Folder, to_float
 from encode import cache_parts, check_cache, clips_in_memory, clips_on_disk
@@ -276,6 +276,7 @@ def train(
         """Return the clips as the frozen parts encode them: computed once for all stages."""
         return encoded(run, dataset, team)
 
+    check_order(run, stages, team.say)
     for stage in stages:
         missing = [need for need in run.needs(stage) if not run.finished(need)]
         if missing:

@@ -995,6 +995,19 @@ def test_a_state_begun_on_older_weights_does_not_go_on(trained, tmp_path):
     assert run.load_state("base")["step"] == 3
 
 
+def test_what_cannot_be_finished_is_not_begun(chain, capsys):
+    """More steps for all stages: the first would change what the others learned from."""
+    before = {stage: chain.weights_file(stage).read_bytes() for stage in ORDER}
+    longer = Run.create(chain.path, micro(*(f"stages.{stage}.steps=8" for stage in ORDER)))
+    with pytest.raises(UserError, match="vae would change, and latent and semantic and base lear"):
+        train.train(longer, RECIPE, few(chain), seed=0)
+    assert before == {stage: chain.weights_file(stage).read_bytes() for stage in ORDER}
+    train.train(longer, ["semantic", "base"], few(chain), seed=0)  # the last ones may go on
+    assert "will change" not in capsys.readouterr().out
+    train.train(longer, ["latent"], few(chain), seed=0)
+    assert "latent will change: semantic learned from it as it is" in capsys.readouterr().out
+
+
 def test_stages_trained_in_order_belong_together_and_so_do_exported_ones(chain, tmp_path):
     for stage in ORDER:
         check_chain(chain, stage)

@@ -1,201 +1,25 @@
-"""Configurations: one frozen dataclass per component, presets, and fields set by name.
+"""Presets, and the sizes that they lead to.
 
-Each component's dataclass stands beside the component; here they are put together, checked against
-each other, and turned into text and back. No file is touched and no weights are built.
-
-    python config.py --preset paper --seconds 5 60      # shapes and numbers of tokens
+python config.py --preset paper --seconds 5 60      # shapes and numbers of tokens
 """
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-
-import torch
+from collections.abc import Callable
+from dataclasses import replace
 
 from data import DataConfig
 from model import DiTConfig
-from plumbing.fields import build, check_types, field_types, find_field, flat_fields, parse_value
 from plumbing.files import UserError, command
 from semantic import CompressorConfig, PretrainedEncoderConfig
-from swin import windows
+from settings import Config, SampleConfig, StageConfig, StageConfigs, override
 from text import UMT5Config
 from toy.encoder import TinyEncoderConfig
 from toy.text import HashTextConfig
-from toy.vae import TinyVAE, TinyVAEConfig
+from toy.vae import TinyVAEConfig
 from vae import WanVAEConfig
 
-DTYPES = ("auto", "float32", "bfloat16")
-LIMITS = {  # least and greatest of a number, by a field's last name or all of it
-    **dict.fromkeys(("context_channels", "context_rate", "kl_weight", "noise"), (0, 1e6)),
-    **dict.fromkeys(("blocks", "caption_blocks", "depth"), (1, 1000)),
-    **dict.fromkeys(("fps", "semantic_fps"), (0.01, 1000)),
-    "objects": (1, 2),
-    "before": (0, 16),
-    "log_variance": (-20, 10),
-    **dict.fromkeys(("steps", "clips", "preview_every"), (1, 1e9)),
-    **dict.fromkeys(("lr", "muon_lr"), (0, 10)),
-    **dict.fromkeys(("weight_decay", "warmup"), (0, 1e9)),
-    **dict.fromkeys(("final_lr", "ema", "text_dropout", "context_dropout"), (0, 1)),
-    "grad_clip": (1e-9, 1e9),
-    "shift": (1e-3, 1e3),
-    "sample.steps": (1, 10_000),
-    **dict.fromkeys(("guidance", "latent_guidance", "context_guidance"), (-100, 100)),
-    "base_guidance": (-100, 100),
-}
 LONGEST = 3600  # seconds of a video that is sampled
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """How one stage is trained."""
-
-    steps: int
-    batch: int
-    lr: float = 2e-3  # of AdamW
-    optimizer: str = "muon"  # for the matrices inside blocks, AdamW for the rest; or adamw for all
-    muon_lr: float = 2e-2
-    weight_decay: float = 0.01
-    warmup: int = 50  # steps of linear warm-up, then cosine down to final_lr
-    final_lr: float = 0.05  # as a share of the peak
-    grad_clip: float = 1.0
-    ema: float = 0.998
-    clips: int = 8192  # kept in memory, encoded once (stages on frozen encoders)
-    time: str = "logit_normal"  # distribution of t
-    shift: float = 1.0  # of t, in training and in sampling alike
-    posterior: bool = False  # latents drawn from the VAE's posterior at each step, else its mean
-    text_dropout: float = 0.1  # share of samples without text, for guidance
-    context_dropout: float = 0.1  # share of samples without a plan; drawn apart from the text's
-    accumulate: int = 1  # pieces that a process cuts its rows of a batch into, to save memory
-    compile: bool = False  # torch.compile: pays for long stages; rounds a little differently
-    checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
-    preview_every: int | None = None  # steps between previews; None = at the end alone
-    pieces: int = 1  # of a clip; a step learns from a stretch of one such length
-
-    def __post_init__(self):
-        choices = {"optimizer": ("muon", "adamw"), "time": ("logit_normal", "uniform")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}={getattr(self, name)}: choose {' or '.join(known)}")
-
-
-@dataclass(frozen=True)
-class StageConfigs:
-    vae: StageConfig
-    encoder: StageConfig
-    latent: StageConfig
-    semantic: StageConfig
-    base: StageConfig
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Defaults of sampling. Guidance 1 = conditional only, 0 = unconditional only."""
-
-    steps: int = 20  # Euler steps of each stage
-    guidance: float = 2.0  # text, stage 1
-    latent_guidance: float = 2.0  # text, stage 2
-    context_guidance: float | None = 2.0  # plan, stage 2; None = the plan is dropped
-    base_guidance: float = 2.0  # text, base
-
-
-@dataclass(frozen=True)
-class Config:
-    """One dataclass per component, and how each stage is trained."""
-
-    preset: str
-    data: DataConfig
-    vae: TinyVAEConfig | WanVAEConfig
-    text: HashTextConfig | UMT5Config
-    encoder: TinyEncoderConfig | PretrainedEncoderConfig
-    compressor: CompressorConfig
-    latent: DiTConfig  # stage 2, the painter; without its context also the base
-    semantic: DiTConfig  # stage 1, the planner
-    stages: StageConfigs
-    sample: SampleConfig
-    dtype: str = "auto"  # of the matrix products in training; auto = the faster one, measured
-
-    def __post_init__(self):
-        check_fit(self)
-
-    @property
-    def base(self) -> DiTConfig:
-        """The control's network: the painter's without a plan.
-
-        Its windows have no plan to tell them when they are, so it needs absolute time.
-        """
-        return replace(self.latent, context_channels=0, time_features=True)
-
-    def latent_grid(self, frames: int | None = None) -> tuple[int, int, int]:
-        """Return (T, h, w) of the VAE latents of a video of `frames`, or of the trained length."""
-        return self.vae.grid(*replace(self.data, frames=frames or self.data.frames).size)
-
-    def plan_grid(self, frames: int | None = None) -> tuple[int, int, int]:
-        """Return (S, hs, ws) of z_sem, likewise."""
-        data = replace(self.data, frames=frames or self.data.frames)
-        return self.encoder.grid(*data.semantic_size)
-
-    def latent_tokens(self, frames: int | None = None) -> int:
-        """Return how many tokens a video's latents are."""
-        return math.prod(self.latent_grid(frames)) // self.latent.patch**2
-
-    def plan_tokens(self, frames: int | None = None) -> int:
-        """Return how many tokens its plan is."""
-        return math.prod(self.plan_grid(frames))
-
-
-def check_number(name: str, value: float, shown: str | None = None):
-    """Raise UserError if a number is beyond what its field can be; shown: as the user wrote it."""
-    usual = (1 if isinstance(value, int) else 1e-6, 1e6)
-    least, greatest = LIMITS.get(name) or LIMITS.get(name.split(".")[-1]) or usual
-    if not least <= value <= greatest:  # nor is NaN
-        shown = shown or f"{name}={value}"
-        raise UserError(f"{shown}: at least {least:g}, at most {greatest:g}")
-
-
-def joints(values: dict[str, object]) -> dict[str, object]:
-    """Return the fields that join the parts, as the other flat fields make them."""
-    pairs = values["data.semantic_fps"] / 2  # pairs of frames per second
-    fields = {
-        "latent.channels": values["vae.channels"],
-        "latent.rate": values["data.fps"] / values["vae.time_patch"],
-        "latent.context_channels": values["compressor.channels"],
-        "latent.context_rate": pairs,
-        "latent.text_dim": values["text.dim"],
-        "semantic.channels": values["compressor.channels"],
-        "semantic.rate": pairs,
-        "semantic.text_dim": values["text.dim"],
-        "semantic.context_channels": 0,
-    }
-    return {**fields, "encoder.rate": pairs} if "encoder.rate" in values else fields
-
-
-def check_fit(config: Config):
-    """Raise UserError where the components' sizes do not fit each other."""
-    values = flat_fields(config)
-    for name, fits in joints(values).items():
-        if values[name] != fits:
-            raise UserError(f"{name} is {values[name]}, but the other parts need {fits}")
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype={config.dtype}: choose {', '.join(DTYPES)}")
-    check_sizes(config.data, config.vae, config.encoder, config.latent, config.semantic)
-
-
-@lru_cache(maxsize=64)  # a configuration is built several times on the way to a run
-def check_sizes(data, vae, encoder, latent: DiTConfig, semantic: DiTConfig):
-    """Raise UserError where the parts cannot be built, or do not take each other's shapes."""
-    try:
-        latents = vae.grid(data.frames, data.height, data.width)
-        plan = encoder.grid(data.semantic_frames, data.semantic_height, data.semantic_width)
-        if isinstance(vae, TinyVAEConfig):
-            with torch.device("meta"):  # sizes only: nothing is computed
-                TinyVAE(replace(vae, blocks=1))  # all blocks are of one size
-        for dit, grid in ((latent, latents), (semantic, plan)):
-            grids = dit.layout(grid, plan if dit.context_channels else None)
-            windows([each.stream for each in grids], dit.window, shifted=False)
-    except (ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
-        raise UserError(f"sizes do not fit: {str(error).splitlines()[0]}") from None
 
 
 def tiny() -> Config:
@@ -342,50 +166,6 @@ def preset(name: str) -> Config:
     if name not in PRESETS:
         raise UserError(f"--preset {name}: choose {', '.join(PRESETS)}")
     return PRESETS[name]()
-
-
-# --- configurations as text ---------------------------------------------------------------------
-
-
-def check_values(values: Mapping[str, object]):
-    """Raise UserError if a flat field has another type than it declares, or a number beyond it."""
-    check_types(Config, values)
-    for name, value in values.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            check_number(name, value)
-
-
-def from_fields(values: Mapping[str, object]) -> Config:
-    """Return the configuration that flat fields stand for; UserError if it cannot be."""
-    try:
-        return build(Config, values)
-    except KeyError as error:
-        raise UserError(f"the field {error} is missing") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def override(config: Config, settings: Sequence[str] = (), **parts) -> Config:
-    """Return a configuration with other parts (data=..., vae=..., ...) and fields set by name.
-
-    settings: ["latent.width=192", ...]; a field's last part alone will do where only one component
-    has it, and an unknown one is a UserError that names the near ones. What joins the parts
-    (channels, rates, width of the text) follows them.
-    """
-    values = flat_fields(config, **parts)
-    kinds, chosen = field_types(Config, values), {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting}: expected field=value")
-        name = find_field(name, values)
-        chosen[name] = parse_value(text, kinds[name], name)
-    values |= chosen
-    check_values(values)
-    return from_fields({**values, **joints(values), **chosen})
-
-
-# --- sizes --------------------------------------------------------------------------------------
 
 
 def clip_frames(config: Config, seconds: float) -> int:

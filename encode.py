@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config
 from data import clips_of, to_float
 from parts import FLAGS
 from plumbing.cache import Cache, Memory, end_cache, refuse_other, start_cache, write_entry
@@ -23,6 +22,7 @@ from plumbing.files import UserError
 from plumbing.processes import Team
 from plumbing.video import READER
 from run import Run
+from settings import Config
 from toy.world import World
 
 PARTS = ("data", *FLAGS)  # the components that decide how clips are encoded

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import SampleConfig
 from flags import add_run_flags, frames_of, open_run, options_of
 from plumbing.files import UserError, check_target, command, write_file
 from run import Run
 from sample import generate, paint, reference_plans, through_vae
+from settings import SampleConfig
 from stages import RECIPE
 from toy.scores import choose, explained, psnr, report, score, subject_consistency
 from toy.world import World

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from config import SampleConfig, check_number, clip_frames
+from config import clip_frames
 from parts import add_part_flags, parts_from_flags
 from plumbing.files import UserError
 from run import ASSETS, Run
+from settings import SampleConfig, check_number
 
 
 def add_run_flags(parser: argparse.ArgumentParser):

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from config import StageConfig
 from plumbing.processes import local
+from settings import StageConfig
 
 
 def build_optimizers(modules: nn.Module, config: StageConfig) -> list[torch.optim.Optimizer]:

@@ -9,9 +9,9 @@ import argparse
 import torch
 from torch import nn
 
-from config import Config
 from plumbing.files import UserError
 from semantic import ENCODERS, PretrainedEncoderConfig, describe_encoder
+from settings import Config
 from text import UMT5, UMT5Config, describe_text
 from vae import WanVAE, WanVAEConfig, describe_vae
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from config import override, preset
+from config import preset
 from data import DataConfig, Folder
 from encode import encode_folder
 from parts import add_part_flags, check_weights_named, parts_from_flags
@@ -18,6 +18,7 @@ from plumbing.cache import Cache
 from plumbing.files import UserError, check_target, command
 from plumbing.sheet import contact_sheet
 from run import Run
+from settings import override
 from toy.world import World
 
 

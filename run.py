@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from chain import check_chain
-from config import Config, check_values, from_fields
 from model import DiT
 from parts import FLAGS, RELEASED, describe, flag, load_released
 from plumbing.device import default_device, faster_dtype
@@ -37,6 +36,7 @@ from plumbing.folder import (
     write_weights,
 )
 from semantic import Compressor, SemanticEncoder
+from settings import Config, check_values, from_fields
 from stages import NEEDS, ORDER, RECIPE
 from text import TextEncoder
 from toy.encoder import TinyEncoder

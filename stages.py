@@ -23,13 +23,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from config import Config, StageConfig
 from flow import flow_loss, path, sample_time
 from model import DiT
 from plumbing.device import count_flops, matmul_speed
 from plumbing.files import UserError
 from plumbing.seeds import Rows
 from semantic import Compressor
+from settings import Config, StageConfig
 from toy.encoder import EncoderLearner
 from toy.vae import TinyVAE, VAELearner
 

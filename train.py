@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from chain import check_order, check_origin, data_note
-from config import PRESETS, Config, StageConfig, override, preset
+from config import PRESETS, preset
 from data import Folder, to_float
 from encode import cache_parts, check_cache, clips_in_memory, clips_on_disk
 from optim import build_optimizers, changed_schedule, ema_decay, lr_factor, update_ema
@@ -41,6 +41,7 @@ from plumbing.progress import Progress
 from plumbing.seeds import text_seed
 from run import HELD, Run
 from sample import show_stage
+from settings import Config, StageConfig, override
 from stages import (
     ORDER,
     RECIPE,

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from safetensors.torch import load_file
 
-from config import Config, override, tiny
+from config import tiny
 from run import Run
+from settings import Config, override
 from stages import NEEDS, ORDER
 from toy.world import World
 

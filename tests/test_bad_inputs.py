@@ -38,7 +38,6 @@ import prepare
 import run
 import sample
 import train
-from config import Config
 from data import DataConfig, Folder, cut
 from plumbing.cache import Cache, hash_of, video_file
 from plumbing.fields import field_types, flat_fields
@@ -47,6 +46,7 @@ from plumbing.metrics import Metrics
 from plumbing.sheet import contact_sheet
 from plumbing.video import read_video
 from run import Run
+from settings import Config
 from stages import ORDER
 from toy.text import HashText, HashTextConfig
 

@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import PRESETS, Config, check_fit, override, tiny
+from config import PRESETS, tiny
 from model import DiT
 from plumbing.fields import build, field_types, flat_fields, parse_value
 from plumbing.files import UserError
 from semantic import Compressor
+from settings import Config, check_fit, override
 from stages import ORDER
 from toy.encoder import TinyEncoder
 from toy.text import HashText

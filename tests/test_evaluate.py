@@ -20,12 +20,12 @@ from test_run import call, one_line, random_run
 from torch import Tensor
 
 import evaluate
-from config import SampleConfig
 from data import DataConfig
 from evaluate import Evaluation
 from flags import frames_of
 from run import Run
 from sample import reference_plans, through_vae
+from settings import SampleConfig
 from toy.scores import (
     DRIFT,
     LONG_SCORES,

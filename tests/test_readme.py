@@ -14,8 +14,9 @@ from test_run import MICRO
 
 import semantic
 import train
-from config import Config, main, override, shapes, tiny
+from config import main, shapes, tiny
 from plumbing.fields import field_types, flat_fields
+from settings import Config, override
 
 ROOT = Path(__file__).parent.parent
 PAGES = {

@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import run as run_module
-from config import Config, override, tiny
+from config import tiny
 from plumbing.device import computing, faster_dtype
 from plumbing.fields import flat_fields
 from plumbing.files import UserError, command, sweep, write_file
 from run import HELD, Run, export
 from semantic import Compressor
+from settings import Config, override
 from stages import ORDER, learner
 
 PIXELS = ("data.height", "data.width", "data.semantic_height", "data.semantic_width")

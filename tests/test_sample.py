@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import evaluate
 import flags
 import sample
-from config import SampleConfig, clip_frames, override, paper, tiny
+from config import clip_frames, paper, tiny
 from data import reference_clip
 from flags import frames_of
 from flow import euler
@@ -52,6 +52,7 @@ from sample import (
     through_vae,
 )
 from semantic import Compressor
+from settings import SampleConfig, override
 from toy.encoder import TinyEncoder
 from toy.text import HashText
 from toy.vae import TinyVAE

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from config import override, tiny
+from config import tiny
 from run import Run
 from semantic import Compressor, CompressorConfig
+from settings import override
 from toy.encoder import Captioner, TinyEncoder, TinyEncoderConfig
 
 CHOICES = (Path(__file__).parents[1] / "docs/choices.md").read_text(encoding="utf-8")

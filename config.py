@@ -13,6 +13,7 @@ from model import DiTConfig
 from plumbing.files import UserError, command
 from semantic import CompressorConfig, PretrainedEncoderConfig
 from settings import Config, SampleConfig, StageConfig, StageConfigs, override
+from swin import fitting_window
 from text import UMT5Config
 from toy.encoder import TinyEncoderConfig
 from toy.text import HashTextConfig
@@ -166,6 +167,12 @@ def preset(name: str) -> Config:
     if name not in PRESETS:
         raise UserError(f"--preset {name}: choose {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+def attention_window(config: Config) -> float:
+    """Return the painter's T_w in seconds; a quarter of the clip where there is none yet."""
+    rates = config.latent.rate, config.latent.context_rate
+    return config.latent.window or float(fitting_window(rates, config.data.seconds / 4))
 
 
 def clip_frames(config: Config, seconds: float) -> int:

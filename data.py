@@ -8,7 +8,7 @@ the frame at t is what a player shows at t. A dataset (`World`, `Folder`) has `c
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from math import ceil
@@ -51,6 +51,13 @@ class DataConfig:
     def seconds(self) -> float:
         """Length of a clip."""
         return self.frames / self.fps
+
+    def shorter(self, pieces: int) -> "DataConfig":
+        """Return the same for clips of a part of the length; UserError if they do not divide."""
+        if self.frames % pieces:
+            raise UserError(f"pieces={pieces}: clips of {self.frames} frames do not divide by it")
+        frames, events = self.frames // pieces, max(1, self.events // pieces)
+        return replace(self, frames=frames, events=events)
 
     @property
     def semantic_frames(self) -> int:
@@ -182,6 +189,10 @@ class Folder:
             except UserError as error:
                 first = first or error
         raise UserError(f"{self.path}: no video can be used; the first: {first}")
+
+    def shorter(self, pieces: int) -> "Folder":
+        """Return the same videos in clips of a part of the length."""
+        return Folder(self.path, self.config.shorter(pieces), self.warn) if pieces > 1 else self
 
     @property
     def listing(self) -> str:

@@ -27,14 +27,7 @@ from parts import FLAGS, RELEASED, describe, flag, load_released
 from plumbing.device import default_device, faster_dtype
 from plumbing.fields import differences, field_types, flat_fields
 from plumbing.files import UserError, check_target, command, last_line, read_json, sweep, write_file
-from plumbing.folder import (
-    read_note,
-    read_state,
-    read_weights,
-    versions,
-    write_state,
-    write_weights,
-)
+from plumbing.folder import read_note, read_state, read_weights, versions, write_weights
 from semantic import Compressor, SemanticEncoder
 from settings import Config, check_values, from_fields
 from stages import NEEDS, ORDER, RECIPE
@@ -140,9 +133,6 @@ class Run:
         """Write a stage's weights; note: what is to be known of them, beside what they are of."""
         note = {"stage": stage, "made_of": self.made_of(stage), **note}
         write_weights(self.weights_file(stage), tensors, note)
-
-    def save_state(self, stage: str, state: dict):
-        write_state(self.state_file(stage), state)
 
     def load_state(self, stage: str) -> dict | None:
         """Return a stage's training state, None if there is none; UserError if it is damaged."""

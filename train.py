@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from chain import check_order, check_origin, data_note
-from config import PRESETS, preset
+from config import PRESETS, attention_window, preset
 from data import Folder, to_float
 from encode import cache_parts, check_cache, clips_in_memory, clips_on_disk
 from optim import build_optimizers, changed_schedule, ema_decay, lr_factor, update_ema
@@ -53,7 +53,6 @@ from stages import (
     some_features,
     work,
 )
-from swin import fitting_window
 from toy.world import World
 
 LOG_EVERY = 20  # steps per line of metrics.jsonl
@@ -123,9 +122,8 @@ def train_stage(run: Run, stage: str, dataset, clips: Callable, seed: int, team:
             if progress.step % SAVE_EVERY == 0 or stop or done or shown:
                 progress.save(run.state_file(stage), team)  # before the weights, which may end it
             if stop:
-                reporter.bar.write(
-                    f"stopped; saved {run.state_file(stage)}: the same command goes on from it"
-                )
+                saved = run.state_file(stage)
+                reporter.bar.write(f"stopped; saved {saved}: the same command goes on from it")
                 sys.exit(130)
             if shown and not done:
                 write_ema(run, progress, source, team)
@@ -142,20 +140,7 @@ def source_of(stage: str, config: StageConfig, dataset: World | Folder | Cache, 
         return found.first(config.clips, USES[stage]) if isinstance(found, Memory) else found
     if isinstance(dataset, Cache):
         raise UserError(f"{dataset.path} has no pixels: train {stage} on the folder of videos")
-    return shorter(dataset, config.pieces)
-
-
-def shorter(dataset: World | Folder, pieces: int) -> World | Folder:
-    """Return the same world, or folder, in clips of a part of the length."""
-    data = dataset.config
-    if pieces == 1:
-        return dataset
-    if data.frames % pieces:
-        raise UserError(f"pieces={pieces}: clips of {data.frames} frames do not divide by it")
-    data = replace(data, frames=data.frames // pieces, events=max(1, data.events // pieces))
-    if isinstance(dataset, Folder):
-        return Folder(dataset.path, data, dataset.warn)
-    return type(dataset)(data, dataset.split)
+    return dataset.shorter(config.pieces)
 
 
 def batches(run: Run, progress: Progress, source, rows: Sequence[range]):
@@ -274,8 +259,16 @@ def train(
 
     @kept
     def clips():
-        """Return the clips as the frozen parts encode them: computed once for all stages."""
-        return encoded(run, dataset, team)
+        """Return the clips as the frozen parts encode them: computed once for all stages.
+
+        A folder's go to a cache in the run's own folder first.
+        """
+        if isinstance(dataset, World):
+            return clips_in_memory(run, dataset)
+        if isinstance(dataset, Folder):
+            return clips_on_disk(run, dataset.path, run.path / "cache", team)
+        check_cache(dataset, run)
+        return dataset
 
     check_order(run, stages, team.say)
     for stage in stages:
@@ -285,16 +278,6 @@ def train(
             team.say(f"{stage} needs {names} first: training {names}")
         for each in (*missing, stage):
             train_stage(run, each, dataset, clips, seed, team, board)
-
-
-def encoded(run: Run, dataset: World | Folder | Cache, team: Team):
-    """Return encoded clips; a folder's go to a cache in the run's own folder first."""
-    if isinstance(dataset, World):
-        return clips_in_memory(run, dataset)
-    if isinstance(dataset, Folder):
-        dataset = clips_on_disk(run, dataset.path, run.path / "cache", team)
-    check_cache(dataset, run)
-    return dataset
 
 
 def arguments() -> argparse.Namespace:
@@ -308,9 +291,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny-long", action="store_const", const="tiny_long", dest="preset")
     parser.add_argument("--data", type=Path, help="folder of videos, or a cache; else the world")
     parser.add_argument("--out", type=Path, help="run folder; runs/PRESET if not given")
-    parser.add_argument(
-        "--steps", type=int, help="steps of each stage named, instead of the preset's"
-    )
+    parser.add_argument("--steps", type=int, help="of each stage named; else the preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
     parser.add_argument(
@@ -355,12 +336,6 @@ def configured(args: argparse.Namespace, cache: Cache | None) -> Config:
     if args.data is None and args.preset == "paper":
         raise UserError("preset paper learns from real videos: give --data FOLDER (or CACHE)")
     return config
-
-
-def attention_window(config: Config) -> float:
-    """Return the painter's T_w in seconds; a quarter of the clip where there is none yet."""
-    rates = config.latent.rate, config.latent.context_rate
-    return config.latent.window or float(fitting_window(rates, config.data.seconds / 4))
 
 
 def named_stages(args: argparse.Namespace, run: Run, team: Team) -> list[str]:
@@ -408,9 +383,7 @@ def main():
                 run.forget(stage)
         team.wait()
         run = Run.open(args.out)
-        if run.device.type == "cuda":
-            run.device = torch.device("cuda", team.local_rank)
-            torch.cuda.set_device(run.device)
+        run.device = team.device(run.device)
         if args.tensorboard and team.first:
             from torch.utils.tensorboard import SummaryWriter
 

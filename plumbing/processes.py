@@ -51,6 +51,13 @@ class Team:
         """Whether this process is the one that writes and speaks."""
         return self.rank == 0
 
+    def device(self, device: torch.device) -> torch.device:
+        """Return this process's own device of a kind, and make it the usual one."""
+        if device.type == "cuda":
+            device = torch.device("cuda", self.local_rank)
+            torch.cuda.set_device(device)
+        return device
+
     def say(self, message: str):
         """Print a line, once for all processes."""
         if self.first:

@@ -39,7 +39,7 @@ FUNCTION_LINES, FORWARD_LINES = 60, 30
 
 # Not there yet. These lists only ever become shorter.
 BACKWARDS: tuple[str, ...] = ()
-TOO_LONG = ("run", "train")
+TOO_LONG: tuple[str, ...] = ()
 TOO_MUCH = ("plumbing", "all")
 LONG_FUNCTIONS: tuple[str, ...] = ()
 

@@ -21,6 +21,7 @@ from config import tiny
 from plumbing.device import computing, faster_dtype
 from plumbing.fields import flat_fields
 from plumbing.files import UserError, command, sweep, write_file
+from plumbing.folder import write_state
 from run import HELD, Run, export
 from semantic import Compressor
 from settings import Config, override
@@ -217,7 +218,7 @@ def test_a_configuration_with_impossible_values(run, change):
 def test_forgetting_a_stage_forgets_what_was_trained_on_it(tmp_path):
     run = random_run(tmp_path)
     for stage in ORDER:
-        run.save_state(stage, {"step": 1})
+        write_state(run.state_file(stage), {"step": 1})
     run.forget("encoder")
     assert [s for s in ORDER if run.has(s)] == ["vae", "base"]
     assert [s for s in ORDER if run.state_file(s).exists()] == ["vae", "base"]
@@ -338,7 +339,7 @@ def test_exporting_nothing_or_onto_itself_is_refused(run, tmp_path):
 def test_states_come_back_exactly(run):
     assert run.load_state("vae") is None
     tensors = {"a": torch.randn(3), "b": [torch.arange(4), torch.zeros(2, dtype=torch.bfloat16)]}
-    run.save_state("vae", {"step": 7, "seconds": 1.5, **tensors})
+    write_state(run.state_file("vae"), {"step": 7, "seconds": 1.5, **tensors})
     state = run.load_state("vae")
     assert (state["step"], state["seconds"]) == (7, 1.5)
     assert torch.equal(state["a"], tensors["a"])
@@ -375,7 +376,7 @@ def test_a_state_never_runs_what_it_carries(run, tmp_path, how):
 
 @pytest.mark.parametrize("keep", [0, 10, 500, -20])
 def test_a_state_cut_off_is_refused(run, keep):
-    run.save_state("vae", {"step": 7, "modules": {"x": torch.zeros(1000)}})
+    write_state(run.state_file("vae"), {"step": 7, "modules": {"x": torch.zeros(1000)}})
     whole = run.state_file("vae").read_bytes()
     run.state_file("vae").write_bytes(whole[:keep])
     with pytest.raises(UserError, match="is not a training state"):

@@ -38,6 +38,7 @@ from flow import shift_time
 from optim import build_optimizers, ema_decay, lr_factor, update_ema
 from plumbing.device import computing, matmul_speed, prepared_ahead
 from plumbing.files import UserError
+from plumbing.folder import write_state
 from plumbing.metrics import Metrics
 from plumbing.processes import Team
 from plumbing.progress import Progress
@@ -209,7 +210,7 @@ def test_a_state_that_does_not_fit_is_one_line_and_stays(trained, tmp_path, chan
     state = trained.load_state("base")
     state["step"] = 3
     change(state)
-    run.save_state("base", state)
+    write_state(run.state_file("base"), state)
     before = run.state_file("base").read_bytes()
     with pytest.raises(UserError) as error:
         train.train(run, ["base"], few(run), seed=0)
@@ -221,7 +222,7 @@ def test_a_state_that_cannot_be_read_is_refused_before_clips_are_encoded(trained
     run = copy_of(trained, tmp_path, ("vae",))
     run.state_file("base").write_bytes(b"damaged")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "encoded", lambda *_: pytest.fail("encoded"))
+        patch.setattr(train, "clips_in_memory", lambda *_: pytest.fail("encoded"))
         with pytest.raises(UserError, match="not a training state"):
             train.train(run, ["base"], few(run), seed=0)
 
@@ -737,7 +738,7 @@ def test_a_single_bad_step_is_skipped_and_counted(trained, tmp_path, monkeypatch
 def test_a_state_that_does_not_fit_is_refused(trained, tmp_path, foreign):
     run = copy_of(trained, tmp_path, NEEDS["latent"])
     state = trained.load_state("base") if foreign == "another stage's" else {"model": {}}
-    run.save_state("latent", state)
+    write_state(run.state_file("latent"), state)
     with pytest.raises(UserError, match=r"latent\.state does not fit.*--fresh") as error:
         train.train(run, ["latent"], few(run), seed=0)
     assert "\n" not in str(error.value)
@@ -866,7 +867,7 @@ def test_vae_and_encoder_may_learn_from_pieces_of_long_clips(tmp_path, monkeypat
         assert seen[stage].latents([0])[0].shape[2:] == run.config.latent_grid()
         assert seen[stage].captions([0]) == few(run).captions([0])  # of both events
     with pytest.raises(UserError, match="do not divide"):
-        train.shorter(few(run), 3)
+        few(run).shorter(3)
 
 
 # --- stretches of long clips --------------------------------------------------------------------

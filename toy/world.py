@@ -162,6 +162,10 @@ class World:
     def __len__(self) -> int:
         return 2**31
 
+    def shorter(self, pieces: int) -> "World":
+        """Return the same split in clips of a part of the length."""
+        return type(self)(self.config.shorter(pieces), self.split)
+
     def scene(self, index: int) -> tuple[Thing, ...]:
         """Return what clip `index` shows."""
         return self._scene(self._rng(index))

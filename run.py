@@ -130,7 +130,7 @@ class Run:
             self.state_file(name).unlink(missing_ok=True)
 
     def save(self, stage: str, tensors: dict[str, Tensor], note: dict):
-        """Write a stage's weights; note: what is to be known of them, beside what they are of."""
+        """Write a stage's weights; note: their steps, their data, and what else is to be known."""
         note = {"stage": stage, "made_of": self.made_of(stage), **note}
         write_weights(self.weights_file(stage), tensors, note)
 
@@ -169,11 +169,11 @@ class Run:
         return self.has(stage) and note.get("steps", 0) >= note.get("of", 0)
 
     def made_of(self, stage: str) -> dict[str, str]:
-        """Return the digests of the weights, as they are now, that a stage is trained on."""
+        """Return {need: digest its weights have now} for the stages that a stage is trained on."""
         return {need: self.note(need).get("digest", "") for need in self.needs(stage)}
 
     def check_there(self, stage: str):
-        """Raise UserError if a trained stage has no weights, or some that do not belong here."""
+        """Raise UserError if a trained stage has no weights, or ones that do not belong here."""
         if self.released(stage):
             return
         if not self.has(stage):

@@ -63,7 +63,9 @@ class Metrics:
         )
         for panel, stage in zip(panels[0], stages, strict=True):
             mine = [x for x in lines if x["stage"] == stage]
-            panel.plot([x["step"] for x in mine], [x.get("loss", math.nan) for x in mine])
+            dots = "." if len(mine) == 1 else ""  # one point makes no line
+            losses = [x.get("loss", math.nan) for x in mine]
+            panel.plot([x["step"] for x in mine], losses, marker=dots)
             panel.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=100)
@@ -89,7 +91,7 @@ class Reporter:
     """Reports on a stage: the bar after every step, a line of metrics after some, then curves."""
 
     def __init__(self, progress: Progress, folder: Path, team: Team, a_step: dict, board=None):
-        """a_step: what a step takes or does, by the name of its rate (`clips_s`, ...)."""
+        """a_step: how much of each rate (`clips_s`, ...) one step does (`stages.work`)."""
         self.progress, self.team, self.a_step = progress, team, a_step
         if team.first:
             self.metrics = Metrics(folder, progress.stage, progress.step, board)

@@ -62,6 +62,9 @@ def few(run: Run) -> Few:
     return Few(run.config.data, "train")
 
 
+PLOT = Metrics.plot
+
+
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """A line of metrics every two steps; no pictures, which take most of the time."""
@@ -339,6 +342,15 @@ def test_the_captioner_is_left_out_of_the_encoders_weights(trained):
 def test_loss_curves_are_drawn(trained):
     pytest.importorskip("matplotlib")
     assert (trained.path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_line_of_metrics_is_seen_in_its_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    metrics = Metrics(tmp_path, "vae", 0)
+    metrics.write(2, [{"loss": 0.5}], {}, {})
+    PLOT(metrics)
+    seen = Image.open(tmp_path / "loss.png").convert("HSV").getchannel("S")
+    assert seen.getextrema()[1] > 100  # all else is black, white or grey
 
 
 def test_statistics_normalise_latents_and_plans(trained):

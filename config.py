@@ -59,9 +59,9 @@ def tiny() -> Config:
 def tiny_long() -> Config:
     """Four times as long, with four events for each object: windows over time (Sec. 3.4).
 
-    VAE and encoder are those of `tiny`: they learn from two seconds and read longer clips in such
-    stretches. The planner sees the whole clip, the painter windows of two seconds; without absolute
-    time it paints any stretch alike, and learns from stretches of half a clip.
+    VAE and encoder are those of `tiny`: they learn from two seconds, and read longer clips in
+    chunks of that length. The planner sees the whole clip. The painter sees windows of two seconds
+    and no absolute time, so it paints any part alike; it learns from stretches of half a clip.
     """
     config = tiny()
     stages = config.stages
@@ -86,19 +86,12 @@ def tiny_long() -> Config:
 def small() -> Config:
     """The same world at 64 x 64 pixels and four seconds, for one GPU."""
     config = tiny()
+    sides = dict.fromkeys(("height", "width", "semantic_height", "semantic_width"), 64)
     wide = dict(width=384, depth=8, heads=6, space_cycles=4.0)
     return override(
         config,
         preset="small",
-        data=replace(
-            config.data,
-            frames=48,
-            fps=12.0,
-            height=64,
-            width=64,
-            semantic_height=64,
-            semantic_width=64,
-        ),
+        data=replace(config.data, frames=48, fps=12.0, **sides),
         vae=replace(config.vae, width=192),
         encoder=replace(config.encoder, dim=256, blocks=6),
         latent=replace(config.latent, **wide),
@@ -116,8 +109,8 @@ def small() -> Config:
 def paper() -> Config:
     """Real videos, 480p and 24 fps, 5 seconds; Qwen2.5-VL's tower, Wan's VAE, umT5 (Sec. 3, 4).
 
-    The paper's are the parts, both rates, 8 channels and the steps (of Table 3); the DiTs have the
-    width, depth and heads of Wan2.1-1.3B, and the rest is our choice. Never trained here.
+    From the paper: semantic encoder, both rates, 8 channels of z_sem, steps (of Table 3). The DiTs
+    have the width, depth and heads of Wan2.1-1.3B. The rest is our choice. Never trained here.
     """
     config = tiny()
     # Frames whose sides the VAE and the tower can divide: multiples of 16 and of 28.

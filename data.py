@@ -135,7 +135,7 @@ def reference_clip(path: Path, config: DataConfig) -> Batch:
 def clips_of(file: Path, caption: str, config: DataConfig) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the clips of a captioned video (`cut`).
 
-    UserError, perhaps after some clips, if it cannot be used: what breaks anywhere is not trusted.
+    UserError if it cannot be used. It may come after some clips: then do not use these either.
     """
     if not caption:
         raise UserError(f"{file}: no caption, or one that is empty or not UTF-8")
@@ -224,7 +224,7 @@ class Folder:
             clips = list(clips_of(file, caption, self.config))
             kept = sum(len(x) for x in self._kept.values()) + len(clips)
             if self._kept and kept * (clips[0][0].numel() + clips[0][1].numel()) > self.MEMORY:
-                self._kept.popitem()  # the last one came last
+                self._kept.popitem()  # the newest: the others stay
             self._kept[file, caption] = clips
         return self._kept[file, caption]
 

@@ -1,8 +1,8 @@
 """What is frozen is computed once: a run's parts encode clips, kept in memory or in a cache.
 
 In both stages VAE, semantic encoder and text encoder are frozen (Sec. 3.2, 3.3). Training reads
-what they make of clips: `clips_in_memory` of the synthetic world, in the run's precision, and
-`clips_on_disk` of a folder of videos, each clip alone and in that of its parts.
+what they make of clips. `clips_in_memory` encodes the synthetic world in the run's precision;
+`clips_on_disk` encodes a folder of videos in the precision of each part, one clip at a time.
 """
 
 from collections.abc import Iterator, Sequence

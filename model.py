@@ -129,13 +129,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Positions(nn.Module):
     """Angles of a token's coordinates: used by RoPE, and as Fourier features added at the input.
 
-    RoPE alone tells only differences; the features tell where in the frame a token is (our choice).
+    RoPE tells only how far apart two tokens are; the features tell where a token is (our choice).
     """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         pairs = config.width // config.heads // 2
-        space = pairs // 3  # pairs each of y and x; those before them belong to time
+        space = pairs // 3  # pairs of y, as many of x; the first pairs are of time
         time = pairs - 2 * space
         self.first = 0 if config.time_features else time  # of the pairs seen at the input
         # Cycles per second (from a minute's wave up to half the frame rate) and per frame side.
@@ -155,7 +155,7 @@ class Positions(nn.Module):
 
 
 def timestep_waves(t: Tensor) -> Tensor:
-    """Return sines and cosines of t, (B,) in [0, 1] -> (B, 256): slow to fast waves, as usual."""
+    """Return sines and cosines of t, (B,) in [0, 1] -> (B, 256): fast to slow waves, as usual."""
     frequencies = 1000 * torch.logspace(0, -4, 128, device=t.device)
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
@@ -207,7 +207,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from the tokens to the text.
 
-    It has no mask: the rows that fill a short text up take part. They are zeros until `DiT.text_in`
+    It has no mask: the rows that pad a short text take part. They are zeros until `DiT.text_in`
     adds its biases; then they are one and the same row, whatever the text. (Wan does so, too.)
     """
 
@@ -328,7 +328,7 @@ class DiT(nn.Module):
         features, cos, sin = self.positions(coords)
         # By token, with the features: torch 2.13 fails to compile, in bfloat16 on a CPU, the
         # gradients of two biases that are added to all tokens alike.
-        types = zip(self.type_embedding, grids, strict=False)  # without a plan the first alone
+        types = zip(self.type_embedding, grids, strict=False)  # without a plan only the first
         types = torch.cat([e.expand(grid.tokens, -1) for e, grid in types])  # (N, D)
         return features + types, cos, sin
 

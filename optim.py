@@ -53,7 +53,7 @@ def changed_schedule(config: StageConfig, step: int, of: int) -> str:
 
 
 def ema_decay(step: int, config: StageConfig) -> float:
-    """Return the EMA's decay after a step: shorter at first, so that the start is forgotten."""
+    """Return the EMA's decay after a step: lower at first, so that the start is forgotten."""
     return min(config.ema, (1 + step) / (10 + step))
 
 

@@ -1,6 +1,6 @@
 """Parts that come with released weights: the flags that name them, their sizes, and the parts.
 
-The paper's own parts (Sec. 3.1, 3.2) are ready-made: a semantic encoder, a VAE, a text encoder. The
+Three parts of the paper (Sec. 3.1, 3.2) are ready-made: semantic encoder, VAE, text encoder. The
 user names their weights; sizes and digests are read off them and kept in a run's configuration.
 """
 

@@ -38,8 +38,8 @@ SUFFIXES = (".gif", ".webp", ".png", ".mp4")
 def guided(dit: nn.Module, text: Tensor, guidance: float, context=None, context_guidance=1.0):
     """Return velocity(z, t) with guidance, first towards the plan, if any, then the text.
 
-    text: (B, L, dim); context: (B, K, S, hs, ws). Conditions that weigh anything run as one batch.
-    context_guidance None: the plan is dropped throughout, also where the text is there.
+    text: (B, L, dim); context: (B, K, S, hs, ws). Only velocities of a weight are computed, as one
+    batch. context_guidance None: the plan is dropped, with the text and without.
     """
     if context is None or context_guidance is None:
         keep, scales = [(False, False), (True, False)], (guidance,)  # (text, context)

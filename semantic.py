@@ -81,7 +81,8 @@ class Compressor(nn.Module):
     def perturb(self, z_sem: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         """Add the training noise that prepares the painter for imperfect plans (Sec. 3.2, RAE).
 
-        level: (B,) N(0, 1), its size decides how much each sample gets; noise: like z_sem, N(0, 1).
+        It is relative to z_sem's deviation. level: (B,) N(0, 1), whose absolute value says how much
+        noise a sample gets; noise: like z_sem, N(0, 1).
         """
         sigma = self.config.noise * level.abs().reshape(-1, 1, 1, 1, 1)
         return z_sem + sigma * self.std * noise
@@ -158,7 +159,7 @@ class PretrainedEncoderConfig:
     digest: str = ""  # stands for the content of its weights
     dim: int = 2048  # d: 2048 in the 3B model, 3584 in 7B, 8192 in 72B
     patch: int = 28  # pixels per feature, each way
-    side: int | None = None  # the one height and width that it reads; None = any multiples of patch
+    side: int | None = None  # the only height and width it reads; None = any multiples of patch
     dtype: str = "bfloat16"  # of its weights in memory
     chunk: int = 16  # pairs of frames (or clips, of an encoder that looks across them) at a time
 
@@ -333,8 +334,8 @@ ENCODERS = {"qwen2_5_vl": QwenVisionTower, "vjepa2": VJEPA2}  # by model_type of
 def describe_encoder(weights: str) -> PretrainedEncoderConfig:
     """Return the configuration of released weights, in a folder or under a hub id.
 
-    All files that the encoder needs are read, to tell them from others later. UserError if they are
-    not those of an encoder known here.
+    Reads all files that the encoder needs, for their digest. UserError if they are not those of an
+    encoder known here.
     """
     settings = read_settings(weights)
     kind = settings.get("model_type")

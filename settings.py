@@ -2,6 +2,10 @@
 
 Each component's dataclass stands beside the component; here they are checked against each other
 and turned into text and back. No file is touched and no weights are built.
+
+A new field is a line in its component's dataclass, with a default, which older runs then have. A
+preset that differs sets it in config.py. `LIMITS` has its range, unless the usual one of
+`check_number` will do; `run.py::FREE` names it if it may change while a run is trained.
 """
 
 import math
@@ -24,7 +28,7 @@ from toy.vae import TinyVAE, TinyVAEConfig
 from vae import WanVAEConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
-LIMITS = {  # least and greatest of a number, by a field's last name or all of it
+LIMITS = {  # least and greatest value of a field, by its last name or its whole one
     **dict.fromkeys(("context_channels", "context_rate", "kl_weight", "noise"), (0, 1e6)),
     **dict.fromkeys(("blocks", "caption_blocks", "depth"), (1, 1000)),
     **dict.fromkeys(("fps", "semantic_fps"), (0.01, 1000)),
@@ -57,17 +61,17 @@ class StageConfig:
     final_lr: float = 0.05  # as a share of the peak
     grad_clip: float = 1.0
     ema: float = 0.998
-    clips: int = 8192  # kept in memory, encoded once (stages on frozen encoders)
-    time: str = "logit_normal"  # distribution of t
+    clips: int = 8192  # of the synthetic world, encoded once and kept in memory (the DiTs' stages)
+    time: str = "logit_normal"  # distribution of t; or uniform
     shift: float = 1.0  # of t, in training and in sampling alike
     posterior: bool = False  # latents drawn from the VAE's posterior at each step, else its mean
     text_dropout: float = 0.1  # share of samples without text, for guidance
     context_dropout: float = 0.1  # share of samples without a plan; drawn apart from the text's
-    accumulate: int = 1  # pieces that a process cuts its rows of a batch into, to save memory
+    accumulate: int = 1  # micro-batches of a process's share of a batch, to save memory
     compile: bool = False  # torch.compile: pays for long stages; rounds a little differently
     checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
     preview_every: int | None = None  # steps between previews; None = at the end alone
-    pieces: int = 1  # of a clip; a step learns from a stretch of one such length
+    pieces: int = 1  # a step learns from a stretch of each clip, 1 / pieces of its length
 
     def __post_init__(self):
         choices = {"optimizer": ("muon", "adamw"), "time": ("logit_normal", "uniform")}
@@ -142,7 +146,7 @@ class Config:
 
 
 def check_number(name: str, value: float, shown: str | None = None):
-    """Raise UserError if a number is beyond what its field can be; shown: as the user wrote it."""
+    """Raise UserError if a field's number is out of its range; shown: as the user wrote it."""
     usual = (1 if isinstance(value, int) else 1e-6, 1e6)
     least, greatest = LIMITS.get(name) or LIMITS.get(name.split(".")[-1]) or usual
     if not least <= value <= greatest:  # nor is NaN
@@ -151,7 +155,7 @@ def check_number(name: str, value: float, shown: str | None = None):
 
 
 def joints(values: dict[str, object]) -> dict[str, object]:
-    """Return the fields that join the parts, as the other flat fields make them."""
+    """Return the fields that follow from those of other parts: channels, rates, text's width."""
     pairs = values["data.semantic_fps"] / 2  # pairs of frames per second
     fields = {
         "latent.channels": values["vae.channels"],
@@ -195,7 +199,7 @@ def check_sizes(data, vae, encoder, latent: DiTConfig, semantic: DiTConfig):
 
 
 def check_values(values: Mapping[str, object]):
-    """Raise UserError if a flat field has another type than it declares, or a number beyond it."""
+    """Raise UserError if a flat field has another type than it declares, or is out of its range."""
     check_types(Config, values)
     for name, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -203,7 +207,7 @@ def check_values(values: Mapping[str, object]):
 
 
 def from_fields(values: Mapping[str, object]) -> Config:
-    """Return the configuration that flat fields stand for; UserError if it cannot be."""
+    """Return the configuration that flat fields stand for; UserError if they stand for none."""
     try:
         return build(Config, values)
     except KeyError as error:

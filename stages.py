@@ -10,8 +10,9 @@
 
 The painter comes first (Sec. 3.2): its loss teaches the compressor what a plan must hold. Then the
 planner learns the frozen compressor's plans (Sec. 3.3). VAE and encoder are ready-made in the
-paper; only the miniature trains them. What is frozen is computed once, before a stage begins: the
-three DiTs draw their batches from encoded clips (`latents`, `features` and `text` by index).
+paper; only the miniature trains them. Both, and the text encoder, are frozen while a DiT learns:
+encode.py computes what they make of clips once, before the stage begins, and a DiT's stage reads
+it by index (`latents`, `features`, `text`).
 
 A learner holds the modules of one stage. `draw` returns the inputs of `forward` for some rows of a
 batch, on the CPU; `forward` returns the loss, a mean over the rows, and what to log.
@@ -34,14 +35,14 @@ from toy.encoder import EncoderLearner
 from toy.vae import TinyVAE, VAELearner
 
 Logs = dict[str, Tensor]  # each a mean, or a value of each row
-NEEDS = {  # the stages whose weights a stage is trained on; all in the order of training
+NEEDS = {  # stage -> the stages whose weights it is trained on; the keys in the order of training
     "vae": (),
     "encoder": (),
     "latent": ("vae", "encoder"),
     "semantic": ("vae", "encoder", "latent"),
     "base": ("vae",),
 }
-USES = {  # what the stages of the DiTs draw of encoded clips
+USES = {  # stage of a DiT -> what it reads of encoded clips
     "latent": ("latents", "features", "text"),
     "semantic": ("features", "text"),
     "base": ("latents", "text"),
@@ -92,10 +93,10 @@ def draw_latents(clips, indices, cut: Callable, rows: Rows, posterior: bool) -> 
 def choose_stretch(config: Config, name: str, rows: Rows) -> tuple[Callable, Tensor]:
     """Choose the stretch of the clips that a step learns from, 1 / pieces of their length.
 
-    Returns what cuts it out of (B, c, frames, h, w) at either rate, and the second where it starts.
-    A clip is cut where a frame of the plan and one of the latents begin together. Where the two
-    are not equally long (a VAE whose first frame is alone) there is no such place. UserError if
-    `pieces` does not fit.
+    Returns a function that cuts the stretch out of (B, c, frames, h, w) at either rate, and the
+    second at which the stretch starts. There a frame of the plan and one of the latents begin
+    together. If the two are not equally long (a VAE whose first frame is alone), only whole clips
+    will do. UserError if `pieces` does not fit.
     """
     pieces = getattr(config.stages, name).pieces
     if pieces == 1:
@@ -124,7 +125,7 @@ def choose_stretch(config: Config, name: str, rows: Rows) -> tuple[Callable, Ten
 class Painter(nn.ModuleDict):
     """Stage 2, trained first (Sec. 3.2, Fig. 3a): compressor and DiT learn together.
 
-    Frozen: VAE, semantic encoder, text encoder.
+    Frozen, and read from encoded clips: VAE, semantic encoder, text encoder.
     """
 
     def __init__(self, config: Config):
@@ -167,7 +168,7 @@ class Painter(nn.ModuleDict):
     ) -> tuple[Tensor, Logs]:
         compressor = self["compressor"]
         z_sem, kl = compressor(features, plan_noise)  # (B, K, S, hs, ws), (K,)
-        context = compressor.perturb(z_sem, level, perturbation)  # as imperfect as stage 1's
+        context = compressor.perturb(z_sem, level, perturbation)  # stage 1's is imperfect too
         conditions = {"context": context, "keep_context": keep_context, "start": start}
         loss, logs = flow_matching(self["dit"], latents, noise, t, text, **conditions)
         logs |= {"kl": kl.detach().sum(), "active_channels": (kl.detach() > 0.1).sum()}
@@ -175,12 +176,16 @@ class Painter(nn.ModuleDict):
 
 
 class Planner(nn.ModuleDict):
-    """Stage 1, trained second (Sec. 3.3, Fig. 3b): a DiT learns the frozen compressor's plans."""
+    """Stage 1, trained second (Sec. 3.3, Fig. 3b): a DiT learns the frozen compressor's plans.
+
+    Frozen, and read from encoded clips: semantic encoder, text encoder. The frozen compressor is
+    small, and runs in each step.
+    """
 
     def __init__(self, config: Config, compressor: Compressor):
         super().__init__({"dit": DiT(config.semantic)})
         self.config = config
-        self.frozen = (compressor,)  # in a tuple: not among what is trained
+        self.frozen = (compressor,)  # a tuple hides it from nn.Module: it is not trained
         self.tokens = config.plan_tokens()
 
     def draw(self, clips, rows: Rows) -> dict[str, Tensor]:
@@ -254,12 +259,13 @@ def learner(config: Config, stage: str, captions=(), compressor: nn.Module | Non
 
 
 def measured(config: Config, stage: str, weights: dict[str, Tensor], data: Tensor):
-    """Return a stage's weights with statistics of what they make of data: later stages normalise.
+    """Return a stage's weights with the mean and deviation by which later stages normalise.
 
-    weights: whole tensors by name. Of the VAE: data is video (B, 3, F, H, W), and the statistics
-    are its latents'. Of the painter: data is features (B, d, S, hs, ws), and they are z_sem's.
+    weights: whole tensors by name. Stage `vae`: data is video (B, 3, F, H, W), and the statistics
+    are those of its latents. Stage `latent`: data is features (B, d, S, hs, ws), and the statistics
+    are those of z_sem.
     """
-    with torch.device("meta"):  # the weights are taken as they are
+    with torch.device("meta"):  # without initial values: the weights take their place
         if stage == "vae":
             name, module = "vae", TinyVAE(config.vae)
         else:
@@ -284,20 +290,21 @@ def set_up(modules: nn.ModuleDict, config: StageConfig):
 
 
 def some_captions(source) -> list[str]:
-    """Return captions that have all usual words."""
+    """Return the first captions: enough to hold all usual words."""
     return source.captions(range(min(4096, len(source))))
 
 
 def some_features(run, clips, tokens: int) -> Tensor:
-    """Return features of about so many tokens, (clips, d, S, hs, ws): enough for statistics."""
+    """Return features (clips, d, S, hs, ws) of the first clips, about so many tokens."""
     enough = max(1, tokens // run.config.plan_tokens())
     return clips.features(range(min(len(clips), enough))).to(run.device)
 
 
 def work(run, progress, source, rows: Sequence[range]) -> dict[str, float]:
-    """Return what a step does, by the name of its rate: clips, tokens, and its share of the peak.
+    """Return how much of each logged rate one step does: clips, tokens and, for mfu, peak seconds.
 
-    FLOPs are counted on a twin without data, in which nothing is computed.
+    Peak seconds: what its FLOPs take at the device's full speed. They are counted on a twin of the
+    learner without values, in which nothing is computed.
     """
     config: StageConfig = getattr(run.config.stages, progress.stage)
     parts = run.config.encoder.dim, run.config.compressor

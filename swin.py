@@ -10,7 +10,7 @@ are one attention call, so no mask is needed and no token is wasted.
 
 Tokens run stream by stream (latents, then semantics), within a stream frame by frame. Any number
 of streams works; one alone is the model without a plan (Base-CT-Swin). All streams are cut at the
-same seconds, and only where the shortest one still has frames. What a longer one has beyond its end
+same seconds, and only where the shortest one still has frames. What a longer one has beyond that
 (the extra latent frame of a causal VAE) is in the last window, with the end of the plan.
 
 Letters: N tokens; W windows of one group; n tokens of a window; D width; B batch; d head width.
@@ -54,8 +54,8 @@ def window_bounds(
 ) -> list[tuple[Fraction, Fraction]]:
     """Return the (start, end) seconds of all windows (Fig. 5), in order; together [0, duration).
 
-    Window k covers [k T_w, (k + 1) T_w); a shifted layer starts with a half window; the last one is
-    what is left. No T_w, or one of at least the duration, is a single window: full attention.
+    Window k covers [k T_w, (k + 1) T_w); a shifted layer starts with a half window; the last window
+    is what is left. Without T_w, or with T_w >= duration, there is one window: full attention.
     Raises ValueError for a T_w that is not positive.
     """
     duration = _seconds(duration)

@@ -7,10 +7,10 @@
     python train.py --stage latent --data FOLDER --qwen WEIGHTS --vae WEIGHTS --text WEIGHTS
 
 SemanticGen trains the painter first (stage `latent`, Sec. 3.2), then the planner (`semantic`, Sec.
-3.3). What each stage trains, and by which loss, is in stages.py; here is the loop, one for all.
+3.3). What each stage trains, and by which loss, is in stages.py; here is the one loop for all.
 
-Everything random at a step is drawn from generators seeded by (seed, stage, step, row), so a run
-that goes on equals one that never stopped, and the step is all there is to remember.
+Everything random at a step is drawn from generators seeded by (seed, stage, step, row). So a run
+that goes on equals one that never stopped, although its state holds no random numbers.
 """
 
 import argparse
@@ -57,7 +57,7 @@ from toy.world import World
 
 LOG_EVERY = 20  # steps per line of metrics.jsonl
 SAVE_EVERY = 200  # steps per training state
-MEASURE_EVERY = 50  # steps between measurements of z_sem's deviation, which the painter's noise has
+MEASURE_EVERY = 50  # steps between measurements of z_sem's deviation: its noise is relative to it
 PATIENCE = 5  # steps in a row that may be skipped for a loss or gradient that is not finite
 
 
@@ -67,7 +67,7 @@ PATIENCE = 5  # steps in a row that may be skipped for a loss or gradient that i
 def begin(
     run: Run, stage: str, source, data: dict, seed: int, state: dict | None, team: Team
 ) -> Progress:
-    """Return a stage where its state left it, or at its first step, set up as its fields say."""
+    """Set a stage up, and return it at its first step, or where its state left it."""
     config: StageConfig = getattr(run.config.stages, stage)
     torch.manual_seed(text_seed(f"{seed} {stage}") % 2**63)  # initial weights
     compressor = run.compressor if stage == "semantic" else None
@@ -93,7 +93,7 @@ def begin(
 def train_stage(run: Run, stage: str, dataset, clips: Callable, seed: int, team: Team, board=None):
     """Train one stage to the end of its steps, from its saved state if there is one.
 
-    dataset: clips of pixels; clips(): the same, encoded, made when first asked for.
+    dataset: clips as pixels; clips(): the same clips encoded, which is done when first asked for.
     """
     config: StageConfig = getattr(run.config.stages, stage)
     data, state = data_note(dataset), run.load_state(stage)
@@ -120,7 +120,7 @@ def train_stage(run: Run, stage: str, dataset, clips: Callable, seed: int, team:
             done, stop = progress.step == config.steps, team.any(interrupt.wanted)
             shown = config.preview_every and progress.step % config.preview_every == 0
             if progress.step % SAVE_EVERY == 0 or stop or done or shown:
-                progress.save(run.state_file(stage), team)  # before the weights, which may end it
+                progress.save(run.state_file(stage), team)  # before the weights, which need it
             if stop:
                 saved = run.state_file(stage)
                 reporter.bar.write(f"stopped; saved {saved}: the same command goes on from it")
@@ -208,7 +208,7 @@ def skipped(progress: Progress, batch: list[dict[str, Tensor]], values: dict) ->
 def measure_plans(run: Run, progress: Progress, source):
     """Give the compressor the statistics of the z_sem that it makes at this moment of training.
 
-    On the same features in every process, so that they do not depend on how a batch is shared.
+    Every process measures the same features: how a batch is shared does not matter.
     """
     compressor = progress.modules["compressor"]
     weights = {f"compressor.{name}": whole(x) for name, x in compressor.state_dict().items()}
@@ -221,7 +221,10 @@ def measure_plans(run: Run, progress: Progress, source):
 
 
 def write_ema(run: Run, progress: Progress, source, team: Team):
-    """Write the EMA weights, with the statistics that later stages need of them."""
+    """Write the EMA weights, with the statistics by which later stages normalise.
+
+    They are measured here: EMA weights make other latents and plans than the weights in training.
+    """
     stage, ema = progress.stage, progress.whole_ema()
     if team.first:
         tensors = {name: x for name, x in ema.items() if name.split(".")[0] in HELD[stage]}
@@ -240,7 +243,7 @@ def write_ema(run: Run, progress: Progress, source, team: Team):
 def preview(run: Run, stage: str, source, team: Team):
     """Write samples/STAGE.png, what a stage does with a few clips.
 
-    Not where the VAE is a released one: there a sample takes long, and sample.py makes it.
+    Not with a released VAE: there a sample takes long, and sample.py makes it.
     """
     if team.first and stage != "encoder" and not run.released("vae"):
         show_stage(run, stage, source)
@@ -294,11 +297,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of each stage named; else the preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
-    parser.add_argument(
-        "--attention",
-        choices=["full", "swin"],
-        help="of painter and base, over time; the preset's if not given (Base-CT-Swin: swin)",
-    )
+    attention = "of painter and base, over time; the preset's if not given (Base-CT-Swin: swin)"
+    parser.add_argument("--attention", choices=["full", "swin"], help=attention)
     parser.add_argument("--fresh", action="store_true", help="train the stages named anew")
     parser.add_argument("--shard", action="store_true", help="FSDP2: weights in shares")
     parser.add_argument("--tensorboard", action="store_true", help="metrics for TensorBoard too")
@@ -375,7 +375,7 @@ def main():
         dataset.check()
     if args.tensorboard:
         require("tensorboard", "tensorboard")
-    # All that can be refused has been by now: nothing was made or forgotten.
+    # Whatever can be refused was refused above: up to here nothing was written or removed.
     with locked(args.out) if team.first else nullcontext():
         if team.first:
             Run.create(args.out, run.config)

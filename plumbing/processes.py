@@ -68,14 +68,14 @@ class Team:
 
         accumulate: how many micro-batches.
         """
-        piece, left = divmod(batch, self.size * accumulate)
-        if left or not piece:
+        each, left = divmod(batch, self.size * accumulate)
+        if left or not each:
             raise UserError(
                 f"batch {batch} cannot be shared evenly by {self.size} processes in "
                 f"{accumulate} micro-batches each: choose a multiple of {self.size * accumulate}"
             )
-        start = self.rank * accumulate * piece
-        return [range(start + k * piece, start + (k + 1) * piece) for k in range(accumulate)]
+        start = self.rank * accumulate * each
+        return [range(start + k * each, start + (k + 1) * each) for k in range(accumulate)]
 
     def wrap(self, losses: nn.Module, device: torch.device) -> nn.Module:
         """Return what computes a loss and, in backward, the whole batch's gradient."""
@@ -162,7 +162,7 @@ def set_state(losses: nn.Module, optimizers: Sequence[torch.optim.Optimizer], st
 
 
 class Interrupt:
-    """While open, Ctrl-C and SIGTERM do not stop the program but set `wanted`, to save first."""
+    """While open, Ctrl-C and SIGTERM set `wanted`, so that training saves; a second one stops."""
 
     def __enter__(self):
         self.wanted = False

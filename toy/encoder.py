@@ -25,7 +25,7 @@ class TinyEncoderConfig:
     blocks: int = 4
     heads: int = 4
     rate: float = 1.0  # pairs of frames per second: half the semantic frame rate
-    span: int | None = None  # pairs that it reads together, longer videos in stretches; None = all
+    span: int | None = None  # pairs that it reads together, longer videos in chunks; None = all
     caption_blocks: int = 2
     caption_words: int = 16  # longer captions are cut
 
@@ -65,10 +65,10 @@ class TinyEncoder(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """Return features with gradient: (B, 3, F, H, W) in [-1, 1] -> (B, d, S, hs, ws)."""
         frames = 2 * self.config.span if self.config.span else video.shape[2]
-        return torch.cat([self._read(stretch) for stretch in video.split(frames, 2)], 2)
+        return torch.cat([self._read(chunk) for chunk in video.split(frames, 2)], 2)
 
     def _read(self, video: Tensor) -> Tensor:
-        """Do the same for a stretch of video, whose time starts at 0."""
+        """Do the same for a chunk of video, whose time starts at 0."""
         pairs, height, width = self.config.grid(*video.shape[2:])
         x = self.stem(rearrange(video, "b c (s two) h w -> (b s) (two c) h w", two=2))
         x = rearrange(x, "(b s) d h w -> b (s h w) d", s=pairs)

@@ -24,7 +24,7 @@ SCORES = {  # name -> how it is computed
     "colour": "objects of the prompts whose colour is right, in order",
     "shape": "objects whose shape is right",
     "motion": "objects whose motion is right",
-    "subject": "cosine of each frame's features with the first's and the last frame's before it",
+    "subject": "cosine of a frame's features with those of the first frame and of the one before",
     "flicker": "100 - mean difference of neighbouring frames, in percent of the range",
     "smooth": "100 - mean difference of a frame from the mean of its neighbours, likewise",
     "moved": "path of the objects' centres and change of their radius, in percent of the frame",

@@ -26,7 +26,7 @@ class TinyVAEConfig:
     time_patch: int = 4  # pixels frames per latent frame
     space_patch: int = 4  # pixels per latent position, each way
     kl_weight: float = 1e-3  # per latent element, against the mean of L1 + L2 per pixel
-    span: int | None = None  # latent frames coded together, longer videos in stretches; None = all
+    span: int | None = None  # latent frames coded together, longer videos in chunks; None = all
 
     @property
     def first(self) -> int:
@@ -99,11 +99,11 @@ class TinyVAE(nn.Module):
         patches = rearrange(
             video, "b c (t r) (h p) (w q) -> b (c r p q) t h w", r=time, p=space, q=space
         )
-        coded = torch.cat([self.encoder(x) for x in self._stretches(patches)], 2)
+        coded = torch.cat([self.encoder(x) for x in self._chunks(patches)], 2)
         mean, log_variance = coded.chunk(2, 1)
         return mean, log_variance.clamp(-20, 10)
 
-    def _stretches(self, x: Tensor) -> Sequence[Tensor]:
+    def _chunks(self, x: Tensor) -> Sequence[Tensor]:
         """Cut (B, c, T, h, w) into what is coded together."""
         return x.split(self.config.span or x.shape[2], 2)
 
@@ -111,7 +111,7 @@ class TinyVAE(nn.Module):
         """Decode raw latents (B, C, T, h, w) -> video (B, 3, F, H, W), not clamped."""
         time, space = self.config.time_patch, self.config.space_patch
         return rearrange(
-            torch.cat([self.decoder(x) for x in self._stretches(raw)], 2),
+            torch.cat([self.decoder(x) for x in self._chunks(raw)], 2),
             "b (c r p q) t h w -> b c (t r) (h p) (w q)",
             r=time,
             p=space,
@@ -149,8 +149,8 @@ class TinyVAE(nn.Module):
         return self.reconstruct(latents * self.std + self.mean).float().clamp(-1, 1)
 
     def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the same video, one stretch after the other."""
-        yield from map(self.decode, self._stretches(latents))
+        """Yield the same video, one chunk after the other."""
+        yield from map(self.decode, self._chunks(latents))
 
 
 class VAELearner(nn.ModuleDict):

@@ -3,7 +3,8 @@
 Every clip comes at two rates: `video` for the VAE, and a few frames of the same stretch of time for
 the semantic encoder (Sec. 3.2). Video is uint8 `(B, 3, F, H, W)`. Frames are chosen by timestamp:
 the frame at t is what a player shows at t. A dataset (`World`, `Folder`) has `config`, `len`,
-`batch(indices)`, `captions(indices)` and `semantic_video(indices)` (only the low-rate frames).
+`batch(indices)`, `captions(indices)`, `semantic_video(indices)` (only the low-rate frames), and
+`shorter(pieces)` (the same in shorter clips).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,7 @@ class DataConfig:
         return self.frames / self.fps
 
     def shorter(self, pieces: int) -> "DataConfig":
-        """Return the same for clips of a part of the length; UserError if they do not divide."""
+        """Return the same for clips of 1 / pieces of the length; UserError if it does not divide."""
         if self.frames % pieces:
             raise UserError(f"pieces={pieces}: clips of {self.frames} frames do not divide by it")
         frames, events = self.frames // pieces, max(1, self.events // pieces)
@@ -191,7 +192,7 @@ class Folder:
         raise UserError(f"{self.path}: no video can be used; the first: {first}")
 
     def shorter(self, pieces: int) -> "Folder":
-        """Return the same videos in clips of a part of the length."""
+        """Return the same videos in clips of 1 / pieces of the length."""
         return Folder(self.path, self.config.shorter(pieces), self.warn) if pieces > 1 else self
 
     @property

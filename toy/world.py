@@ -163,7 +163,7 @@ class World:
         return 2**31
 
     def shorter(self, pieces: int) -> "World":
-        """Return the same split in clips of a part of the length."""
+        """Return the same split in clips of 1 / pieces of the length."""
         return type(self)(self.config.shorter(pieces), self.split)
 
     def scene(self, index: int) -> tuple[Thing, ...]:

@@ -54,7 +54,7 @@ class DataConfig:
         return self.frames / self.fps
 
     def shorter(self, pieces: int) -> "DataConfig":
-        """Return the same for clips of 1 / pieces of the length; UserError if it does not divide."""
+        """Return the same for clips of 1 / pieces of the length; UserError if it does not fit."""
         if self.frames % pieces:
             raise UserError(f"pieces={pieces}: clips of {self.frames} frames do not divide by it")
         frames, events = self.frames // pieces, max(1, self.events // pieces)

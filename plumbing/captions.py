@@ -5,13 +5,15 @@ beside each video.
 """
 
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from plumbing.files import UserError
 from plumbing.video import VIDEOS
 
-NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\udc80-\udcff]")  # what is left where bytes are no text
+NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\ud800-\udfff]")  # what is left where bytes are no text
 
 
 def read_text(file: Path) -> str:
@@ -30,7 +32,7 @@ def list_videos(folder: Path) -> list[tuple[Path, str]]:
     listing = folder / "captions.jsonl"
     if listing.exists():
         return read_listing(listing)
-    files = [p for p in folder.rglob("*") if not hidden(p.relative_to(folder))]
+    files = sorted(all_in(folder))
     texts = {p.with_suffix(""): p for p in files if p.suffix.lower() == ".txt" and p.is_file()}
     videos = [p for p in files if p.suffix.lower() in VIDEOS]
     missing = texts.keys() - {p.with_suffix("") for p in videos}  # what has them is read, or named
@@ -38,13 +40,28 @@ def list_videos(folder: Path) -> list[tuple[Path, str]]:
     if not videos:
         raise UserError(f"{folder}: neither captions.jsonl nor any video is in it")
     beside = {name: read_text(file) for name, file in texts.items()}
-    captions = [(p, beside.get(p.with_suffix(""), "")) for p in sorted(videos)]
-    return [(p, "" if NO_TEXT.search(text) else " ".join(text.split())) for p, text in captions]
+    return [(p, cleaned(beside.get(p.with_suffix(""), ""))) for p in sorted(videos)]
 
 
-def hidden(path: Path) -> bool:
-    """Whether a file, or a folder above it, is what systems and editors keep for themselves."""
-    return any(part.startswith(".") for part in path.parts)
+def all_in(folder: Path) -> Iterator[Path]:
+    """Yield the files and folders in a folder, but not what systems and editors hide there.
+
+    Links are followed, but no folder is read twice: one may lie in itself.
+    """
+    read = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in read:
+            folders.clear()
+            continue
+        read.add(real)
+        seen = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(seen, key=lambda name: (os.path.islink(Path(place, name)), name))
+        yield from (Path(place, name) for name in [*folders, *files] if not name.startswith("."))
+
+
+def cleaned(text: str) -> str:
+    """Return a caption in one line, without marks of the byte order; "" if it is no text."""
+    return "" if NO_TEXT.search(text) else " ".join(text.replace("\ufeff", "").split())
 
 
 def read_listing(listing: Path) -> list[tuple[Path, str]]:
@@ -57,11 +74,11 @@ def read_listing(listing: Path) -> list[tuple[Path, str]]:
             continue
         try:
             entry = json.loads(line)
-            name, text = Path(entry["video"]), " ".join(entry["caption"].split())
+            name, text = Path(entry["video"]), cleaned(entry["caption"])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             form = '{"video": "relative/path.mp4", "caption": "..."}'
             raise UserError(f"{listing}, line {number}: expected {form}") from None
-        if name.is_absolute() or ".." in name.parts:
+        if name.is_absolute() or ".." in name.parts or not name.parts:
             raise UserError(f"{listing}, line {number}: {name} must lie in the folder")
         entries.append((listing.parent / name, "" if NO_TEXT.search(line) else text))
     if not entries:

@@ -217,7 +217,7 @@ def test_a_broken_stream_is_skipped_even_if_it_starts_well(tmp_path):
     images = [Image.effect_noise((64, 64), 90).convert("RGB") for _ in range(12)]
     file = tmp_path / "a.apng"
     images[0].save(file, "png", save_all=True, append_images=images[1:], duration=200)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 9 // 20])  # within a frame
     write_captions(tmp_path, "a.apng")
     with pytest.raises(UserError, match="no video can be used"):
         open_folder(tmp_path)
@@ -242,6 +242,7 @@ TEXTS = {  # the bytes of "a dog runs" and a little more
     "UTF-16 without a mark": "a dog runs".encode("utf-16-le"),
     "the other order without a mark": "a dog runs\r\n".encode("utf-16-be"),
     "UTF-32": "a dog runs".encode("utf-32"),
+    "two marks": b"\xef\xbb\xbf\xef\xbb\xbfa dog runs",
     "lines": b"\r\n a dog\r\n\truns\r\n",
     "old lines": b"a dog\rruns",
 }
@@ -291,6 +292,28 @@ def test_a_line_that_is_no_text_is_skipped_alone(tmp_path):
     (tmp_path / "captions.jsonl").write_bytes(line % b"a caf\xe9" + line % "a café".encode())
     folder, said = open_folder(tmp_path)
     assert folder.captions(range(len(folder))) == ["a café"] and "not UTF-8" in said[0]
+
+
+@pytest.mark.parametrize("caption", ["a\0dog", "a \ud83d dog", "\udcff"])
+def test_escapes_that_are_no_text_are_named_and_skipped(tmp_path, caption):
+    write_animation(tmp_path / "one.webp", [1000])
+    rows = [{"video": "one.webp", "caption": x} for x in (caption, "\ufeffa dog runs")]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder, said = open_folder(tmp_path)
+    assert folder.captions(range(len(folder))) == ["a dog runs"] and "not UTF-8" in said[0]
+
+
+def test_links_are_followed_and_no_folder_is_read_twice(tmp_path):
+    for name in ("disk/a.webp", "data/sub/b.webp"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write_animation(tmp_path / name, [1000])
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    data = tmp_path / "data"
+    (data / ".hidden").mkdir()
+    links = {"disk": "../disk", "again": "sub", "sub/itself": "..", ".hidden/sub": "../sub"}
+    for name, target in links.items():
+        (data / name).symlink_to(target)
+    assert [text for _, text in list_videos(data)] == ["disk/a.webp", "data/sub/b.webp"]
 
 
 def test_hidden_files_and_folders_do_not_count(tmp_path):
@@ -364,6 +387,8 @@ GOOD = '{"video": "a.webp", "caption": "one"}'
         ('{"video": 3, "caption": "one"}', "line 1: expected"),
         ('{"video": "../a.webp", "caption": "one"}', "must lie in the folder"),
         ('{"video": "/etc/passwd", "caption": "one"}', "must lie in the folder"),
+        ('{"video": "", "caption": "one"}', "must lie in the folder"),
+        ('{"video": "./", "caption": "one"}', "must lie in the folder"),
         ('{"video": "a.webp", "caption": " "}', "no caption"),
         ("\n\n", "empty"),
     ],

@@ -118,7 +118,8 @@ def fingerprint(video: Path, content: bool = False) -> str:
     files = [file for file in files if file.is_file()]
     if content:
         return hash_of([[file.name for file in files], digest(files)])
-    return hash_of([[x.name, x.stat().st_size, x.stat().st_mtime_ns] for x in files])
+    stats = [(file.name, file.stat()) for file in files]  # ctime: mtime can be copied or set
+    return hash_of([[name, x.st_size, x.st_mtime_ns, x.st_ctime_ns] for name, x in stats])
 
 
 def open_video(cache: Path, header: dict, name: str, caption: str) -> tuple[safe_open, dict]:

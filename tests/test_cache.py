@@ -346,6 +346,15 @@ def replace_by_one_as_old(folder: Path):
     os.utime(film, (old, old))
 
 
+def replace_by_one_of_the_same_age(folder: Path):
+    """Another film of the same size, which even has the time of the one before."""
+    film = folder / "clips/0.webp"
+    content, stat = bytearray(film.read_bytes()), film.stat()
+    content[-1] ^= 255
+    film.write_bytes(content)
+    os.utime(film, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def swap(folder: Path, one: str, other: str):
     contents = [(folder / name).read_bytes() for name in (one, other)]
     for name, content in zip((other, one), contents, strict=True):
@@ -393,6 +402,7 @@ CHANGES = {  # what is done to the folder, and the videos that are encoded for i
     "only touched": (touch_all, []),
     "another film": (replace_film, ["clips/0.webp"]),
     "another film of the same size, older": (replace_by_one_as_old, ["clips/0.webp"]),
+    "another film of the same size and time": (replace_by_one_of_the_same_age, ["clips/0.webp"]),
     "another film, of the same time": (replace_by_one_of_the_same_time, ["clips/1.webp"]),
     "a film that is longer": (
         lambda x: write_video(x / "clips/0.webp", 0, 3),

@@ -31,12 +31,15 @@ def check_size(width: int, height: int):
 def frames_by_av(path: Path) -> Iterator[tuple[float, Picture]]:
     """Yield (seconds until which it is on screen, picture) of each frame; the first starts at 0."""
     av = require("av", "video")
-    with av.open(f"file:{path}") as container:  # without "file:" a colon ends a protocol's name
+    # Without "file:" a colon ends a protocol's name. A title that is not UTF-8 is not looked at.
+    with av.open(f"file:{path}", metadata_errors="replace") as container:
         if container.format.name == "tty":  # ffmpeg draws text files
             raise UserError("it is text, not a video")
         stream = main_stream(container)
         aspect = stream.sample_aspect_ratio or Fraction(1)
         check_size(max(stream.width, round(stream.width * aspect)), stream.height)
+        if aspect == stream.codec_context.sample_aspect_ratio:  # not the container's own
+            aspect = "sar"  # of each frame, which may change
         usual = 1 / float(stream.average_rate or 25)  # seconds a frame
         first, start = None, 0.0
         held = deque(maxlen=2)  # the frame that is on screen, after the one before it
@@ -68,40 +71,50 @@ def main_stream(container):
 
 
 def decoded(container, stream) -> Iterator:
-    """Yield the frames of a stream, with the alpha that ffmpeg's own VP8 and VP9 leave out."""
+    """Yield the frames of a stream, with the alpha that ffmpeg's own VP8 and VP9 leave out.
+
+    UserError at the first that is damaged.
+    """
     decoder = stream.codec_context
     library = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(decoder.name)
     if library and stream.metadata.get("alpha_mode") == "1":
         decoder = require("av", "video").CodecContext.create(library, "r")
+    joined = container.format.name == "mpegts"  # where such files are, a packet seems corrupt
     for packet in container.demux(stream):
-        yield from decoder.decode(packet)
+        frames = decoder.decode(packet)
+        if (packet.is_corrupt and not joined) or any(frame.is_corrupt for frame in frames):
+            raise UserError("a frame is damaged, or cut off")
+        yield from frames
 
 
-def shown(frame, around: Sequence, aspect: Fraction) -> Image.Image:
+def shown(frame, around: Sequence, aspect: Fraction | str) -> Image.Image:
     """Return a frame of PyAV as a player shows it.
 
-    around: the frame between its neighbours in time. aspect: width of a pixel over its height.
+    around: the frame between its neighbours in time. aspect: width of a pixel over its height, or
+    "sar", what the frame says itself.
     """
     steps, pushed = [], [frame]
     if frame.interlaced_frame:  # the lines of the other field are made from the neighbours'
         steps.append(("bwdif", "mode=send_frame"))
         pushed = [x for x in around if layout(x) == layout(frame)]
-    if aspect != 1:
-        steps.append(("scale", f"{max(1, round(frame.width * aspect))}:{frame.height}"))
-    steps += orientation(frame)
-    hdr = frame.color_trc in HDR
+    steps.append(("scale", f"max(1, round(iw * {aspect})):ih:eval=frame"))
+    square = filtered(pushed, steps)[pushed.index(frame)]
+    wide = frame.color_trc in HDR or frame.color_primaries == BT2020
     alpha = frame.format.has_palette or any(x.is_alpha for x in frame.format.components)
-    steps.append(("format", "rgb48le" if hdr else "rgba" if alpha else "rgb24"))
+    form = ("format", "rgb48le" if wide else "rgba" if alpha else "rgb24")
+    pixels = filtered([square], [*orientation(frame), form])[0].to_ndarray()
+    return Image.fromarray(to_sdr(pixels, frame.color_trc) if wide else pixels)
 
+
+def filtered(frames: Sequence, steps: Sequence[tuple[str, str | None]]) -> list:
+    """Return what a chain of ffmpeg's filters makes of frames that are laid out alike."""
     graph = require("av.filter", "video").Graph()
     graph.threads = 1  # starting more takes longer than the work
-    steps.insert(0, ("buffer", layout(frame)))
-    nodes = [graph.add(name, options) for name, options in [*steps, ("buffersink", None)]]
-    graph.link_nodes(*nodes).configure()
-    for picture in [*pushed, None]:
-        graph.push(picture)
-    pixels = [graph.pull() for _ in pushed][pushed.index(frame)].to_ndarray()
-    return Image.fromarray(to_sdr(pixels, frame.color_trc) if hdr else pixels)
+    steps = [("buffer", layout(frames[0])), *steps, ("buffersink", None)]
+    graph.link_nodes(*(graph.add(*step) for step in steps)).configure()
+    for frame in [*frames, None]:
+        graph.push(frame)
+    return [graph.pull() for _ in frames]
 
 
 def layout(frame) -> str:
@@ -130,9 +143,9 @@ def orientation(frame) -> list[tuple[str, str | None]]:
     return steps + [("hflip", None)] * (a < 0) + [("vflip", None)] * (d < 0)
 
 
-# --- high dynamic range --------------------------------------------------------------------------
+# --- high dynamic range, and primaries of BT.2020 -------------------------------------------------
 
-PQ, HLG = 16, 18  # transfer functions, as ffmpeg numbers them
+BT2020, PQ, HLG = 9, 16, 18  # primaries and transfer functions, as ffmpeg numbers them
 HDR = (PQ, HLG)
 WHITE = 203  # candelas per square metre of what is white in SDR (ITU-R BT.2408)
 KNEE = 0.85  # of that white: brighter light is compressed to stay below it
@@ -146,6 +159,9 @@ BT709 = np.float32(
 def light_of(transfer: int) -> np.ndarray:
     """Return the light of each 16-bit signal (ITU-R BT.2100): on screen; for HLG, in the scene."""
     signal = np.arange(65536) / 65535
+    if transfer not in HDR:  # that of `srgb_of`: greys stay as they are
+        light = np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
+        return light.astype(np.float32)
     if transfer == PQ:
         root = signal ** (32 / 2523)
         light = np.maximum(root - 107 / 128, 0) / (2413 / 128 - 2392 / 128 * root)
@@ -163,11 +179,12 @@ def srgb_of() -> np.ndarray:
 
 
 def to_sdr(pixels: np.ndarray, transfer: int) -> np.ndarray:
-    """Map BT.2020 of a high dynamic range, (H, W, 3) uint16, to sRGB uint8."""
+    """Map BT.2020 of any dynamic range, (H, W, 3) uint16, to sRGB uint8."""
     light = light_of(transfer)[pixels]
     if transfer == HLG:  # on a screen of 1000 candelas per square metre
         light *= 1000 / WHITE * (light @ LUMINANCE)[..., None] ** 0.2
-    above = np.maximum(light - KNEE, 0) / (1 - KNEE)
-    light = np.minimum(light, KNEE) + (1 - KNEE) * above / (1 + above)
+    if transfer in HDR:
+        above = np.maximum(light - KNEE, 0) / (1 - KNEE)
+        light = np.minimum(light, KNEE) + (1 - KNEE) * above / (1 + above)
     light = (light @ BT709.T).clip(0, 1)
     return srgb_of()[(65535 * light).astype(np.uint16)]

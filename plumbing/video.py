@@ -24,11 +24,11 @@ from plumbing.files import UserError, replacing, require, write_file
 from plumbing.film import Picture, check_size, frames_by_av
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # frames in a folder
-PILLOW = (".gif", ".apng", *IMAGES)  # read without PyAV
+PILLOW = (".gif", *IMAGES)  # read without PyAV; an .apng is not: Pillow blends its frames wrongly
 VIDEOS = (".gif", ".apng", ".webp", ".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm")
 VIDEOS += (".avi", ".wmv", ".asf", ".flv", ".f4v", ".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".mts")
 VIDEOS += (".m2ts", ".ogv", ".mxf", ".dv", ".rm", ".rmvb", ".y4m")
-READER = 2  # version of the code that reads: what an earlier one has cached may look different
+READER = 3  # version of the code that reads: what an earlier one has cached may look different
 TOLERANCE = 1e-3  # seconds: some containers round timestamps to a millisecond
 STILL = 10.0  # seconds: a frame that stays longer, for hours perhaps, is cut to this
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is larger, and it warns before it refuses

@@ -194,6 +194,21 @@ def test_pixels_are_made_square_before_the_picture_is_turned(tmp_path):
     assert abs(shown.any(0).sum() - 80) <= 2 and abs(shown.any(1).sum() - 80) <= 2
 
 
+@pytest.mark.parametrize("aspects", [(1, 2), (2, 1)])
+def test_pixels_whose_aspect_changes_are_made_square(tmp_path, aspects):
+    """As in a broadcast of a wide film after one that is not."""
+    parts = b""
+    for aspect in map(Fraction, aspects):
+        picture = [disc(60, 80, 20, aspect)] * 4
+        options = {"codec": "libx264", "pix_fmt": "yuv420p", "aspect": aspect}
+        parts += write_film(tmp_path / "a.h264", picture, **options).read_bytes()
+    (tmp_path / "a.h264").write_bytes(parts)
+    for aspect, time in zip(aspects, (0.1, 0.2), strict=True):
+        shown = look(tmp_path / "a.h264", time)[..., 0] > 127
+        assert shown.shape == (60, 80 * aspect)
+        assert abs(shown.any(0).sum() - 40) <= 2 and abs(shown.any(1).sum() - 40) <= 2
+
+
 def test_pixels_too_wide_for_any_picture_are_refused(tmp_path):
     black = [plain((0, 0, 0), 1000, 1000)]
     file = write_film(tmp_path / "a.mkv", black, "mpeg4", "yuv420p", aspect=Fraction(200))
@@ -341,6 +356,30 @@ def test_what_is_transparent_in_an_image_is_black(tmp_path, mode):
         assert video[0, 32, 32] >= 76
 
 
+def test_frames_of_an_animation_are_blended_over_those_before(tmp_path):
+    """An .apng: a part of each frame is put over what is left, at last over what was before."""
+    frames = [Image.new("RGBA", (32, 32)) for _ in range(3)]
+    frames[0].paste((255, 0, 0, 255), (0, 0, 8, 8))
+    frames[1].paste((0, 0, 255, 128), (16, 16, 24, 24))
+    frames[2].paste((0, 255, 0, 255), (8, 8, 16, 16))
+    options = {"save_all": True, "append_images": frames[1:], "duration": 125, "blend": 1}
+    for disposal, stays in ((0, 1), (2, 0)):
+        frames[0].save(tmp_path / "a.apng", "png", disposal=disposal, **options)
+        second, third = read_video(tmp_path / "a.apng", [0.125, 0.25], 32, 32).unbind(1)
+        assert second[:, 20, 20].tolist() == [0, 0, 128]
+        assert third[:, 12, 12].tolist() == [0, 255, 0]
+        assert second[:, 4, 4].tolist() == third[:, 4, 4].tolist() == [255 * stays, 0, 0]
+        assert third[:, 20, 20].tolist() == [0, 0, 128 * stays]
+
+
+def test_what_an_apng_shows_elsewhere_is_no_frame(tmp_path):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "lime", "blue")]
+    options = {"save_all": True, "append_images": frames[1:], "duration": 125}
+    frames[0].save(tmp_path / "a.apng", "png", default_image=True, **options)
+    video = read_video(tmp_path / "a.apng", [0, 1 / 8], 32, 32)
+    assert video[:, :, 4, 4].T.tolist() == [[0, 255, 0], [0, 0, 255]]
+
+
 # --- colours ------------------------------------------------------------------------------------
 
 COLOURS = np.array(
@@ -397,6 +436,15 @@ def test_a_film_of_high_dynamic_range_looks_like_its_original(tmp_path, transfer
     file = write_hdr(tmp_path / f"a{suffix}", signal, transfer, codec)
     difference = abs(middles(look(file), len(COLOURS)) - COLOURS)
     assert difference.max() <= 8, difference.tolist()
+
+
+@pytest.mark.parametrize("transfer", [BT709, 2, 14])
+def test_wide_primaries_are_mapped_to_those_of_a_screen(tmp_path, transfer):
+    """BT.2020 without high dynamic range; the transfer function may be unknown."""
+    light = (light_of_srgb(COLOURS) @ TO_BT2020.T).clip(0, 1)
+    signal = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    picture = look(write_hdr(tmp_path / "a.mkv", signal, transfer))
+    assert abs(middles(picture, len(COLOURS)) - COLOURS).max() <= 6
 
 
 @pytest.mark.parametrize("transfer", [PQ, HLG])
@@ -602,6 +650,33 @@ def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
     write_film("12-30.mkv", [plain((200,) * 3)])
     Path("12-30.mkv").rename("12:30:05.mkv")
     assert (look("12:30:05.mkv") == 200).all()
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mkv", ".mp4"])
+def test_a_title_that_is_not_utf8_does_not_matter(tmp_path, suffix):
+    with av.open(str(tmp_path / f"a{suffix}"), "w") as container:
+        container.metadata["title"] = "caf\u00e9"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(plain((200,) * 3), "rgb24")))
+        container.mux(stream.encode())
+    content = (tmp_path / f"a{suffix}").read_bytes()
+    assert "caf\u00e9".encode() in content
+    (tmp_path / f"a{suffix}").write_bytes(content.replace("caf\u00e9".encode(), b"caf\xe9 "))
+    assert abs(look(tmp_path / f"a{suffix}") - 200).max() <= 4
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "libx264"])
+def test_a_frame_that_is_cut_off_is_refused(tmp_path, codec):
+    noise = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    file = write_film(tmp_path / "a.avi", noise, codec, pix_fmt)
+    content = file.read_bytes()
+    last = content.rindex(b"00dc", 0, content.index(b"idx1"))  # a frame follows its size
+    file.write_bytes(content[: (last + content.index(b"idx1")) // 2])
+    with pytest.raises(UserError, match="damaged, or cut off"):
+        read_video(file, [k / 25 for k in range(8)], 64, 64)
 
 
 # --- folders of images --------------------------------------------------------------------------

@@ -241,10 +241,7 @@ def write_ema(run: Run, progress: Progress, source, team: Team):
 
 
 def preview(run: Run, stage: str, source, team: Team):
-    """Write samples/STAGE.png, what a stage does with a few clips.
-
-    Not with a released VAE: there a sample takes long, and sample.py makes it.
-    """
+    """Write samples/STAGE.png; not with a released VAE, whose samples take long."""
     if team.first and stage != "encoder" and not run.released("vae"):
         show_stage(run, stage, source)
         run.let_go()
@@ -389,6 +386,8 @@ def main():
 
             board = SummaryWriter(str(args.out / "tensorboard"))
         train(run, stages, dataset, args.seed, team, board)
+    if "semantic" in stages:
+        team.say(f"done; now: python sample.py --run {args.out}")
     team.leave()
 
 

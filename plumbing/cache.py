@@ -89,7 +89,8 @@ class Memory(Clips):
     def _fill(self, kind: str, chunks: Iterable[int]):
         """Encode what is missing of some chunks, whole: alike, whoever asks for them first."""
         missing = sorted(c for c in chunks if (kind, c) not in self._chunks)
-        for c in tqdm(missing, f"encoding {kind}", leave=False, disable=len(missing) < 2):
+        quiet = len(missing) < 2
+        for c in tqdm(missing, f"encoding {kind}", leave=False, disable=quiet, unit="chunk"):
             whole = range(c * CHUNK, min((c + 1) * CHUNK, self._all))
             self._chunks[kind, c] = self._encode[kind](whole)
 

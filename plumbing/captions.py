@@ -13,7 +13,7 @@ from pathlib import Path
 from plumbing.files import UserError
 from plumbing.video import VIDEOS
 
-NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\ud800-\udfff]")  # what is left where bytes are no text
+NO_TEXT = re.compile("[\0-\x08\x0e-\x1f\udc80-\udcff]")  # what is left where bytes are no text
 
 
 def read_text(file: Path) -> str:
@@ -40,7 +40,8 @@ def list_videos(folder: Path) -> list[tuple[Path, str]]:
     if not videos:
         raise UserError(f"{folder}: neither captions.jsonl nor any video is in it")
     beside = {name: read_text(file) for name, file in texts.items()}
-    return [(p, cleaned(beside.get(p.with_suffix(""), ""))) for p in sorted(videos)]
+    captions = [(p, beside.get(p.with_suffix(""), "")) for p in sorted(videos)]
+    return [(p, "" if NO_TEXT.search(text) else cleaned(text)) for p, text in captions]
 
 
 def all_in(folder: Path) -> Iterator[Path]:
@@ -60,8 +61,8 @@ def all_in(folder: Path) -> Iterator[Path]:
 
 
 def cleaned(text: str) -> str:
-    """Return a caption in one line, without marks of the byte order; "" if it is no text."""
-    return "" if NO_TEXT.search(text) else " ".join(text.replace("\ufeff", "").split())
+    """Return a caption in one line, without marks of the byte order."""
+    return " ".join(text.replace("\ufeff", "").split())
 
 
 def read_listing(listing: Path) -> list[tuple[Path, str]]:

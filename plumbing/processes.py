@@ -11,6 +11,7 @@ with N processes and go on with M, sharded or not. Without torchrun one process 
 import os
 import signal
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,9 @@ class Team:
         if (shard or self.size > 1) and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-            dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
+            # A day: one process may encode a folder for long while the others wait for it.
+            options = {"timeout": timedelta(days=1), **({} if "RANK" in os.environ else alone)}
+            dist.init_process_group(backend, **options)
 
     @property
     def first(self) -> bool:

@@ -5,10 +5,19 @@ file names the digests of those it was trained on, and each training state too; 
 Where the chain does not hold, one line says which stage is out of date, and what to do.
 """
 
+import shlex
 from collections.abc import Callable, Sequence
 
 from plumbing.files import UserError
 from stages import NEEDS, ORDER
+
+
+def again(run, stage: str) -> str:
+    """Return the command that trains a stage of a run as it is, on the data that it knows."""
+    notes = (run.note(each).get("data") for each in (stage, *run.needs(stage)[::-1]))
+    data = next(filter(None, notes), {})
+    named = ["--data", data["name"]] if data.get("listing") else []
+    return shlex.join(["python", "train.py", "--stage", stage, "--out", str(run.path), *named])
 
 
 def check_chain(run, stage: str, made_of: dict[str, str] | None = None):
@@ -22,8 +31,7 @@ def check_chain(run, stage: str, made_of: dict[str, str] | None = None):
         if run.note(need).get("digest", digest) != digest:
             raise UserError(
                 f"{run.path}: {stage} was trained on another {need} than is there now, they do not "
-                f"belong together; train {stage} anew: python train.py --stage {stage} "
-                f"--preset {run.config.preset} --out {run.path} --fresh"
+                f"belong together; train {stage} anew: {again(run, stage)} --fresh"
             )
 
 

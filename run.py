@@ -21,7 +21,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from chain import check_chain
+from chain import again, check_chain
 from model import DiT
 from parts import FLAGS, RELEASED, describe, flag, load_released
 from plumbing.device import default_device, faster_dtype
@@ -177,10 +177,7 @@ class Run:
         if self.released(stage):
             return
         if not self.has(stage):
-            raise UserError(
-                f"{self.path} has no {stage}.safetensors yet: python train.py --stage {stage} "
-                f"--preset {self.config.preset} --out {self.path}"
-            )
+            raise UserError(f"{self.path} has no {stage}.safetensors yet: {again(self, stage)}")
         check_chain(self, stage)
 
     def identity(self) -> dict[str, object]:

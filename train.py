@@ -156,9 +156,7 @@ def batches(run: Run, progress: Progress, source, rows: Sequence[range]):
     yield from prepared_ahead(prepare, range(progress.step, progress.of))
 
 
-def one_step(
-    run: Run, progress: Progress, batch: list[dict[str, Tensor]], team: Team
-) -> dict[str, float]:
+def one_step(run: Run, progress: Progress, batch: list[dict], team: Team) -> dict[str, float]:
     """Take one optimizer step and return its logs; skip it if it would not be finite.
 
     UserError after PATIENCE skipped ones in a row.
@@ -286,7 +284,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", required=True, choices=[*ORDER, "all"])
-    parser.add_argument("--preset", default="paper", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--preset", help=f"{', '.join(PRESETS)}; else the run's own, or paper")
     parser.add_argument("--tiny", action="store_const", const="tiny", dest="preset")
     parser.add_argument("--tiny-long", action="store_const", const="tiny_long", dest="preset")
     parser.add_argument("--data", type=Path, help="folder of videos, or a cache; else the world")
@@ -301,6 +299,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tensorboard", action="store_true", help="metrics for TensorBoard too")
     add_part_flags(parser)
     args = parser.parse_args()
+    if args.preset is None and not (args.out and (args.out / "config.json").exists()):
+        args.preset = "paper"
     args.out = args.out or Path("runs") / args.preset
     if not abs(args.seed) < 2**63:
         raise UserError(f"--seed {args.seed}: at most 63 bits")
@@ -325,12 +325,13 @@ def configured(args: argparse.Namespace, cache: Cache | None) -> Config:
     if args.steps is not None:
         stages = RECIPE if args.stage == "all" else (args.stage,)
         settings += [f"stages.{stage}.steps={args.steps}" for stage in stages]
-    config = override(preset(args.preset), settings, **parts | parts_from_flags(args))
+    chosen = old.config if args.preset is None else preset(args.preset)
+    config = override(chosen, settings, **parts | parts_from_flags(args))
     if args.attention:
         window = None if args.attention == "full" else attention_window(config)
         config = replace(config, latent=replace(config.latent, window=window))
     check_weights_named(config)
-    if args.data is None and args.preset == "paper":
+    if args.data is None and config.preset == "paper":
         raise UserError("preset paper learns from real videos: give --data FOLDER (or CACHE)")
     return config
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -993,6 +994,25 @@ def test_a_stage_trained_on_older_weights_is_out_of_date(chain, capsys, again):
         assert call(main, *arguments) == 2
         one_line(capsys, f"trained on another {again}", "do not belong together", "--fresh")
     assert not (chain.path / "copy").exists() and not (chain.path / "x.png").exists()
+
+
+def test_the_command_that_a_refusal_names_is_the_right_one(tmp_path, capsys):
+    """Pasted as it stands it trains the stage anew: as the run was made, on its own data."""
+    folder, out = tmp_path / "my videos", tmp_path / "run"
+    write_clips(folder, "one", "two")
+    train_on = [*command_line(out, "semantic"), "--data", folder]
+    assert call(train.main, *train_on) == 0
+    assert (
+        call(train.main, *command_line(out, "latent", "stages.latent.steps=2"), "--data", folder)
+        == 0
+    )
+    capsys.readouterr()
+    assert call(sample.main, "--run", out, "--out", tmp_path / "x.png") == 2
+    said = capsys.readouterr().err.strip()
+    command = shlex.split(said[said.index("python train.py") :])
+    assert command[:4] == ["python", "train.py", "--stage", "semantic"] and str(folder) in command
+    assert call(train.main, *command[2:]) == 0
+    assert call(sample.main, "--run", out, "--out", tmp_path / "x.png") == 0
 
 
 def test_a_state_begun_on_older_weights_does_not_go_on(trained, tmp_path):

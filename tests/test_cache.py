@@ -237,8 +237,10 @@ def test_killed_at_twenty_moments_and_started_again(tmp_path, run):
         return process.exitcode
 
     assert start(tmp_path / "undisturbed", None) == 0
+    times = [file.stat().st_mtime for file in (tmp_path / "undisturbed").rglob("*.safetensors")]
+    latest = (max(times) - min(times)) / 15  # of a kill: twenty of them come before the end
     rng, kills, written = random.Random(0), 0, {}
-    while (code := start(out, rng.uniform(0.0, 0.08))) != 0:
+    while (code := start(out, rng.uniform(0.0, latest))) != 0:
         assert code == -signal.SIGKILL
         kills += 1
         for file in out.rglob("*.safetensors"):  # what is whole stays as it is
@@ -247,7 +249,7 @@ def test_killed_at_twenty_moments_and_started_again(tmp_path, run):
         if kills >= 20:
             assert start(out, None) == 0
             break
-    assert kills >= 20, f"it was done after {kills} kills: give it more videos"
+    assert kills >= 20, f"it was done after {kills} kills"
     assert tree(out) == tree(tmp_path / "undisturbed")
 
 

@@ -133,6 +133,8 @@ def locked(folder: Path):
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
+                    raise OSError  # the one before has just ended, and taken this file away
             except OSError:
                 file.seek(0)
                 raise UserError(

@@ -69,6 +69,17 @@ def refuse(message: str):
 
 
 @contextlib.contextmanager
+def naming(path: Path):
+    """Let an error of the system say that it is about this file, whichever it was raised for."""
+    try:
+        yield
+    except OSError as error:  # also those of libraries, whose names cannot be changed
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Give a file to write to: whole it becomes `path`, after an error nothing is left of it.
 
@@ -77,19 +88,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     missing = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
         with contextlib.suppress(OSError):  # what cannot be undone is not what went wrong
             temporary.unlink(missing_ok=True)
             for folder in missing:
                 folder.rmdir()
-        if isinstance(error, OSError) and error.errno:  # say which file, not its temporary name
-            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -129,7 +129,7 @@ def locked(folder: Path):
     """
     path, missing = folder / ".lock", [x for x in (folder, *folder.parents) if not x.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
+    with open(path, "a+b", buffering=0) as file:
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,13 +137,14 @@ def locked(folder: Path):
                     raise OSError  # the one before has just ended, and taken this file away
             except OSError:
                 file.seek(0)
+                other = file.read().decode() or "unknown"
                 raise UserError(
-                    f"{folder}: process {file.read() or 'unknown'} is training there; wait for "
-                    "it, or give another --out"
+                    f"{folder}: process {other} is training there; wait for it, or give another "
+                    "--out"
                 ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk is no reason that nobody may train
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         try:
             yield
         finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.files import UserError, write_file
+from plumbing.files import UserError, naming, write_file
 from plumbing.processes import Team
 from plumbing.progress import Progress
 
@@ -38,7 +38,7 @@ class Metrics:
                 mean = sum(values) / len(values)
                 line[name] = round(sum(values) if name == "skipped" else mean, 6)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
+        with naming(self.path), open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
         if self.board:
             for name, value in line.items():

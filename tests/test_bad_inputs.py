@@ -526,6 +526,34 @@ def test_a_full_disk(desk, capsys, untrained, monkeypatch, name, arguments, func
     refused(capsys, MAINS[name], *arguments, words=[Path(where).stem, "No space left"])
 
 
+@pytest.fixture
+def no_room():
+    """A file may not grow, as on a disk that is really full: libraries meet it in their own way."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, file",
+    [
+        ("train", [*TRAIN, *MINI], "config.json"),  # not the lock
+        ("sample", ["x", "--run", "run", "--out", "new/x.mp4"], "x.mp4"),
+        ("run", ["export", "run", "new"], "vae.safetensors"),
+    ],
+)
+def test_no_room_for_a_file(desk, capsys, no_room, name, arguments, file):
+    refused(capsys, MAINS[name], *arguments, words=[file, "File too large"])
+
+
+def test_no_room_for_a_line_of_metrics(desk, no_room):
+    with pytest.raises(OSError) as error:
+        Metrics(desk, "vae", 0).write(1, [], {}, {})
+    assert error.value.filename == str(desk / "metrics.jsonl")
+
+
 def test_too_little_memory_is_one_line(desk, capsys):
     def greedy():
         torch.empty(2**60, dtype=torch.uint8)

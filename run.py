@@ -252,7 +252,11 @@ class Run:
         config = getattr(self.config, part)
         if not config.weights:
             raise UserError(f"{self.path} names no weights: give {flag(part)} PATH_OR_ID")
-        if describe(part, config.weights).digest != config.digest:
+        try:
+            found = describe(part, config.weights)
+        except UserError as error:
+            raise UserError(f"{error}; {flag(part)} says where the run's are now") from None
+        if found.digest != config.digest:
             raise UserError(f"{config.weights} has other weights than {self.path} was made with")
         return load_released(config, self.device)
 

@@ -82,7 +82,7 @@ def begin(
     progress = Progress(stage, modules, wrapped, **known)
     if state:
         progress.load(run.state_file(stage), state)
-        if state.get("of", config.steps) != config.steps:
+        if state.get("of", config.steps) != config.steps > progress.step:
             team.say(f"{stage}: {changed_schedule(config, progress.step, state['of'])}")
     return progress
 
@@ -106,8 +106,8 @@ def train_stage(run: Run, stage: str, dataset, clips: Callable, seed: int, team:
     progress = begin(run, stage, source, data, seed, state, team)
     rows = team.rows(config.batch, config.accumulate)
     team.say(
-        f"{progress}, steps {progress.step} to {config.steps} of {config.batch} clips, "
-        f"{run.config.dtype} on {team.size} x {run.device.type}"
+        f"{progress}, steps {progress.step} to {max(progress.step, config.steps)} of "
+        f"{config.batch} clips, {run.config.dtype} on {team.size} x {run.device.type}"
     )
     reporter = Reporter(progress, run.path, team, work(run, progress, source, rows), board)
     with Interrupt() as interrupt, reporter.bar:

@@ -63,8 +63,10 @@ class Progress:
                 raise ValueError(f"step {self.step}, {self.bad} skipped, {self.seconds} s")
             if not all(isinstance(x, float) for logs in self.pending for x in logs.values()):
                 raise ValueError("its logs are no numbers")
-            if state["modules"].keys() != self.ema.keys() or not state["optimizers"]["state"]:
-                raise ValueError("it has other weights")
+            if odd := sorted(state["modules"].keys() ^ self.ema.keys()):
+                raise ValueError(f"it has other weights, of another version or stage: {odd[0]}")
+            if not state["optimizers"]["state"]:
+                raise ValueError("its optimizers have seen no weights")
             set_state(self.modules, self.optimizers, state)
             for name, x in self.ema.items():
                 if state["ema"][name].shape != x.shape:

@@ -1667,3 +1667,8 @@ def test_training_and_sampling_with_released_parts(
     capsys.readouterr()
     assert call(sample.main, *reference, "--qwen", moved) == 2
     one_line(capsys, "was made with another encoder")
+    away = Run.open(run)
+    encoder = replace(away.config.encoder, weights=str(tmp_path / "away"))
+    away.config = replace(away.config, encoder=encoder)
+    with refused("away", "--qwen says where"):
+        _ = away.encoder

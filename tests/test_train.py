@@ -191,7 +191,7 @@ WRONG_STATES = {  # what somebody, or a broken disk, could have made of a state 
     "an average of another shape": (lambda s: turn(s["ema"]), "another shape"),
     "no optimizer": (lambda s: s.pop("optimizers"), "optimizers"),
     "an optimizer that is a list": (lambda s: s.update(optimizers=[]), "list"),
-    "an optimizer without states": (lambda s: s["optimizers"].update(state={}), "other weights"),
+    "an optimizer without states": (lambda s: s["optimizers"].update(state={}), "seen no weights"),
     "an optimizer without groups": (lambda s: s["optimizers"].pop("param_groups"), ""),
     "an optimizer of other names": (lambda s: renamed(s["optimizers"]["state"]), ""),
 }
@@ -1135,6 +1135,15 @@ def test_a_new_number_of_steps_is_said_with_what_the_learning_rate_does(chain, c
     assert now > 2 * before
     train.train(Run.open(chain.path), ["vae"], few(chain), seed=0)
     assert "was to have" not in capsys.readouterr().out
+
+
+def test_a_state_beyond_the_steps_is_written_as_it_is(chain, capsys):
+    chain.weights_file("semantic").unlink()
+    shorter = Run.create(chain.path, micro("stages.semantic.steps=4"))
+    train.train(shorter, ["semantic"], few(chain), seed=0)
+    said = capsys.readouterr().out
+    assert "steps 6 to 6" in said and "was to have" not in said
+    assert chain.steps_of("semantic") == 6
 
 
 def test_a_second_process_is_told_who_trains_there(tmp_path, capsys):

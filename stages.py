@@ -289,9 +289,9 @@ def set_up(modules: nn.ModuleDict, config: StageConfig):
             network.compile()
 
 
-def some_captions(source) -> list[str]:
-    """Return the first captions: enough to hold all usual words."""
-    return source.captions(range(min(4096, len(source))))
+def some_captions(stage: str, source) -> list[str]:
+    """Return the first captions, enough to hold all usual words, for the stage that reads them."""
+    return source.captions(range(min(4096, len(source)))) if stage == "encoder" else []
 
 
 def some_features(run, clips, tokens: int) -> Tensor:
@@ -309,7 +309,8 @@ def work(run, progress, source, rows: Sequence[range]) -> dict[str, float]:
     config: StageConfig = getattr(run.config.stages, progress.stage)
     parts = run.config.encoder.dim, run.config.compressor
     with torch.device("meta"):
-        twin = learner(run.config, progress.stage, some_captions(source), Compressor(*parts))
+        captions = some_captions(progress.stage, source)
+        twin = learner(run.config, progress.stage, captions, Compressor(*parts))
     inputs = progress.modules.draw(source, progress.rows(rows[0], 0))
     flops = count_flops(twin, inputs) * len(rows)
     return {

@@ -71,7 +71,7 @@ def begin(
     config: StageConfig = getattr(run.config.stages, stage)
     torch.manual_seed(text_seed(f"{seed} {stage}") % 2**63)  # initial weights
     compressor = run.compressor if stage == "semantic" else None
-    modules = learner(run.config, stage, some_captions(source), compressor)
+    modules = learner(run.config, stage, some_captions(stage, source), compressor)
     modules.to(run.device).train()
     if stage == "latent":
         modules["compressor"].set_feature_statistics(some_features(run, source, 2**15))

@@ -35,6 +35,7 @@ def tiny() -> Config:
         context_channels=compressor.channels,
         context_rate=pairs,
         patch=2,
+        depth=2,
     )
     return Config(
         preset="tiny",
@@ -44,13 +45,13 @@ def tiny() -> Config:
         encoder=TinyEncoderConfig(rate=pairs),
         compressor=compressor,
         latent=latent,
-        semantic=DiTConfig(channels=compressor.channels, rate=pairs, text_dim=text.dim),
+        semantic=DiTConfig(channels=compressor.channels, rate=pairs, text_dim=text.dim, depth=2),
         stages=StageConfigs(
-            vae=StageConfig(steps=500, batch=16, ema=0.99),
-            encoder=StageConfig(steps=1600, batch=64),
-            latent=StageConfig(steps=1800, batch=32),
-            semantic=StageConfig(steps=1200, batch=64),
-            base=StageConfig(steps=5000, batch=32),
+            vae=StageConfig(steps=900, batch=8, ema=0.99),
+            encoder=StageConfig(steps=450, batch=64),
+            latent=StageConfig(steps=1700, batch=16, clips=4096, shift=4.0, text_dropout=0.3),
+            semantic=StageConfig(steps=1000, batch=32, clips=4096),
+            base=StageConfig(steps=5000, batch=16, clips=4096, shift=4.0),
         ),
         sample=SampleConfig(),
     )

@@ -4,6 +4,7 @@ It stands in for Qwen2.5-VL's vision tower (Sec. 3.2), which was trained by lang
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from data import to_float
 from plumbing.seeds import Rows
 from semantic import pair_grid
+from toy.conv import MatrixConv, ResBlock
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class TinyEncoderConfig:
     """Sizes of TinyEncoder and of the captioner that trains it."""
 
     dim: int = 128  # d
-    blocks: int = 4
+    blocks: int = 3
     heads: int = 4
     rate: float = 1.0  # pairs of frames per second: half the semantic frame rate
     span: int | None = None  # pairs that it reads together, longer videos in chunks; None = all
@@ -45,12 +47,15 @@ class TinyEncoder(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
+        blocks = (
+            MatrixConv(2, dim // 4, dim // 2, stride=2),
+            ResBlock(2, dim // 2),
+            MatrixConv(2, dim // 2, dim, stride=2),
+            ResBlock(2, dim),
+        )
+        first = nn.Conv2d(6, dim // 4, 3, stride=2, padding=1)
         self.stem = nn.Sequential(
-            nn.Conv2d(6, dim // 4, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(dim // 4, dim // 2, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
+            OrderedDict(first=first, act=nn.GELU(), blocks=nn.Sequential(*blocks))
         )
         self.register_buffer("waves", torch.logspace(-2, 2, 8, base=2), persistent=False)
         self.positions = nn.Linear(3 * 2 * len(self.waves), dim)

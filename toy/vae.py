@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from data import to_float
 from plumbing.seeds import Rows
 from semantic import gaussian_kl
+from toy.conv import ResBlock
 from vae import normalise_posterior
 
 
@@ -44,35 +44,6 @@ class TinyVAEConfig:
         return frames // time, height // space, width // space
 
 
-class MatrixConv3d(nn.Module):
-    """A 3 x 3 x 3 convolution whose weight is kept as a matrix (width, width * 27).
-
-    Muon orthogonalises matrices: with it this VAE needs less than half the steps (our choice).
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(width, width * 27)))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        kernel = self.weight.unflatten(1, (-1, 3, 3, 3))  # (width, width, 3, 3, 3)
-        return F.conv3d(x, kernel, self.bias, padding=1)
-
-
-class ResBlock(nn.Module):
-    """x + conv(silu(conv(silu(norm(x))))), (B, width, T, h, w)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.first = MatrixConv3d(width)
-        self.second = MatrixConv3d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
-
-
 class TinyVAE(nn.Module):
     """Patches of pixels, residual 3D convolutions on the latent grid, patches of pixels."""
 
@@ -83,7 +54,7 @@ class TinyVAE(nn.Module):
         width = config.width
 
         def tower(before: int, after: int) -> nn.Sequential:
-            blocks = nn.Sequential(*(ResBlock(width) for _ in range(config.blocks)))
+            blocks = nn.Sequential(*(ResBlock(3, width) for _ in range(config.blocks)))
             ends = nn.Conv3d(before, width, 1), nn.Conv3d(width, after, 1)
             return nn.Sequential(OrderedDict(first=ends[0], blocks=blocks, last=ends[1]))
 

@@ -38,10 +38,11 @@ class DataConfig:
     semantic_width: int = 32
     objects: int = 2  # at most so many objects in a clip of the synthetic world, 1 or 2
     events: int = 1  # motions of an object of that world, one after another
+    flashes: bool = False  # half of that world's clips have a bright frame
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not value > 0:
+            if not value > 0 and name != "flashes":
                 raise ValueError(f"data.{name} is {value}: it must be above 0")
         if self.objects > 2:
             raise ValueError(f"data.objects is {self.objects}: 1 or 2")

@@ -32,7 +32,7 @@ from semantic import Compressor, SemanticEncoder
 from settings import Config, check_values, from_fields
 from stages import NEEDS, ORDER, RECIPE
 from text import TextEncoder
-from toy.encoder import TinyEncoder
+from toy.encoder import LatentEncoder, LatentEncoderConfig, TinyEncoder
 from toy.text import HashText
 from toy.vae import TinyVAE
 from vae import VideoVAE
@@ -49,6 +49,7 @@ FREE = (  # ends of fields that may change while a run is trained
     *(".steps", ".weights", ".chunk"),
     *(".accumulate", ".compile", ".checkpoint", ".preview_every"),  # how, not what
 )
+NOT_HOW = ("weights", "chunk", "objects", "flashes", "learns")  # fields: not how clips are encoded
 ASSETS = Path(__file__).parent / "assets" / "tiny"  # the shipped tiny weights, themselves a run
 
 
@@ -141,8 +142,8 @@ class Run:
     # What belongs together: the chain of stages.
 
     def released(self, part: str) -> bool:
-        """Return whether a part ("vae", "encoder", "text") comes with released weights."""
-        return isinstance(getattr(self.config, part, None), RELEASED)
+        """Return whether a part ("vae", "encoder", "text") comes ready-made, as released ones."""
+        return isinstance(getattr(self.config, part, None), (*RELEASED, LatentEncoderConfig))
 
     def needs(self, stage: str) -> list[str]:
         """Return the stages to train before a stage."""
@@ -185,7 +186,7 @@ class Run:
         found = {}
         for name, value in flat_fields(self.config).items():
             part, field = name.split(".")[0], name.split(".")[-1]
-            if part in ("data", *FLAGS) and field not in ("weights", "chunk", "objects"):
+            if part in ("data", *FLAGS) and field not in NOT_HOW:
                 found[name] = value
         for stage in ("vae", "encoder"):
             if not self.released(stage):
@@ -202,6 +203,8 @@ class Run:
 
     @cached_property
     def encoder(self) -> SemanticEncoder:
+        if isinstance(self.config.encoder, LatentEncoderConfig):
+            return LatentEncoder(self.config.encoder, self.vae)
         if self.released("encoder"):
             return self._load_released("encoder")
         return self._load("encoder", "encoder", TinyEncoder, self.config.encoder)
@@ -264,7 +267,7 @@ class Run:
         """Take released weights from other places than the run names; UserError if they differ."""
         for part, found in parts.items():
             mine = getattr(self.config, part)
-            if not self.released(part) or mine.digest != found.digest:
+            if not self.released(part) or getattr(mine, "digest", "") != found.digest:
                 raise UserError(f"{found.weights}: {self.path} was made with another {part}")
             self.config = replace(self.config, **{part: replace(mine, weights=found.weights)})
 

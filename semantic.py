@@ -28,6 +28,7 @@ from plumbing.weights import digest, fill, loading, locate, read_settings, size,
 class CompressorConfig:
     """Sizes of the compressor, and its regularisation. The paper gives K alone."""
 
+    kind: str = "mlp"  # or fixed ones, to compare: "pca"; "none", the features as they are
     channels: int = 8  # K: the paper tries 64 and 8, and 8 is best (Table 3)
     hidden: int = 256
     kl_weight: float = 3e-5  # of the KL, summed over channels; larger ones kill the plan
@@ -46,14 +47,17 @@ class Compressor(nn.Module):
     def __init__(self, dim: int, config: CompressorConfig):
         super().__init__()
         self.config = config
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, config.hidden), nn.SiLU(), nn.Linear(config.hidden, 2 * config.channels)
-        )
-        last, channels = self.mlp[2], config.channels  # means first, then log-variances
-        nn.init.orthogonal_(last.weight[:channels], gain=2.0)  # means of about unit scale
-        nn.init.zeros_(last.weight[channels:])
-        nn.init.zeros_(last.bias)
-        nn.init.constant_(last.bias[channels:], config.log_variance)
+        hidden, channels = config.hidden, config.channels
+        if config.kind == "mlp":
+            ends = nn.Linear(dim, hidden), nn.Linear(hidden, 2 * channels)
+            self.mlp = nn.Sequential(ends[0], nn.SiLU(), ends[1])
+            last = ends[1]  # means first, then log-variances
+            nn.init.orthogonal_(last.weight[:channels], gain=2.0)  # means of about unit scale
+            nn.init.zeros_(last.weight[channels:])
+            nn.init.zeros_(last.bias)
+            nn.init.constant_(last.bias[channels:], config.log_variance)
+        else:  # nothing to learn, and no variance
+            self.register_buffer("projection", torch.eye(channels, dim))
         # Features of pretrained towers have uneven scales: standardise them first.
         self.register_buffer("feature_mean", torch.zeros(dim))
         self.register_buffer("feature_std", torch.ones(dim))
@@ -65,7 +69,11 @@ class Compressor(nn.Module):
     def posterior(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """features (B, d, S, hs, ws) -> mean and log-variance (B, K, S, hs, ws) float32."""
         x = (features.movedim(1, -1) - self.feature_mean) / self.feature_std
-        mean, log_variance = self.mlp(x).float().movedim(-1, 1).chunk(2, 1)
+        if self.config.kind == "mlp":
+            mean, log_variance = self.mlp(x).float().movedim(-1, 1).chunk(2, 1)
+        else:
+            mean = (x @ self.projection.T).float().movedim(-1, 1)
+            log_variance = torch.full_like(mean, -20)
         return mean, log_variance.clamp(-20, 10)
 
     def forward(self, features: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,6 +114,10 @@ class Compressor(nn.Module):
         flat = features.float().movedim(1, -1).flatten(0, -2)  # (B S hs ws, d)
         self.feature_mean.copy_(flat.mean(0))
         self.feature_std.copy_(flat.std(0) + 1e-6)
+        if self.config.kind == "pca":  # in the directions in which they vary most
+            cov = torch.cov(((flat - self.feature_mean) / self.feature_std).T)
+            directions = torch.linalg.eigh(cov).eigenvectors.T.flip(0)  # (d, d), most first
+            self.projection.copy_(directions[: len(self.projection)])
 
     @torch.no_grad()
     def set_statistics(self, features: Tensor):

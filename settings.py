@@ -22,12 +22,13 @@ from plumbing.files import UserError
 from semantic import CompressorConfig, PretrainedEncoderConfig
 from swin import windows
 from text import UMT5Config
-from toy.encoder import TinyEncoderConfig
+from toy.encoder import LatentEncoderConfig, TinyEncoderConfig
 from toy.text import HashTextConfig
 from toy.vae import TinyVAE, TinyVAEConfig
 from vae import WanVAEConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
+COMPRESSORS = ("mlp", "pca", "none")
 LIMITS = {  # least and greatest value of a field, by its last name or its whole one
     **dict.fromkeys(("context_channels", "context_rate", "kl_weight", "noise"), (0, 1e6)),
     **dict.fromkeys(("blocks", "caption_blocks", "depth"), (1, 1000)),
@@ -108,7 +109,7 @@ class Config:
     data: DataConfig
     vae: TinyVAEConfig | WanVAEConfig
     text: HashTextConfig | UMT5Config
-    encoder: TinyEncoderConfig | PretrainedEncoderConfig
+    encoder: TinyEncoderConfig | PretrainedEncoderConfig | LatentEncoderConfig
     compressor: CompressorConfig
     latent: DiTConfig  # stage 2, the painter; without its context also the base
     semantic: DiTConfig  # stage 1, the planner
@@ -156,7 +157,8 @@ def check_number(name: str, value: float, shown: str | None = None):
 
 def joints(values: dict[str, object]) -> dict[str, object]:
     """Return the fields that follow from those of other parts: channels, rates, text's width."""
-    pairs = values["data.semantic_fps"] / 2  # pairs of frames per second
+    # Per second: features, which are of pairs of frames unless the encoder says otherwise.
+    pairs = values["data.semantic_fps"] / values.get("encoder.frames", 2)
     fields = {
         "latent.channels": values["vae.channels"],
         "latent.rate": values["data.fps"] / values["vae.time_patch"],
@@ -177,6 +179,11 @@ def check_fit(config: Config):
     for name, fits in joints(values).items():
         if values[name] != fits:
             raise UserError(f"{name} is {values[name]}, but the other parts need {fits}")
+    kind, channels, dim = config.compressor.kind, config.compressor.channels, config.encoder.dim
+    if kind not in COMPRESSORS:
+        raise UserError(f"compressor.kind={kind}: choose {', '.join(COMPRESSORS)}")
+    if (kind == "none" and channels != dim) or (kind == "pca" and channels > dim):
+        raise UserError(f"compressor.kind={kind}: of {dim} features it cannot make {channels}")
     if config.dtype not in DTYPES:
         raise UserError(f"dtype={config.dtype}: choose {', '.join(DTYPES)}")
     check_sizes(config.data, config.vae, config.encoder, config.latent, config.semantic)

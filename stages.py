@@ -31,7 +31,7 @@ from plumbing.files import UserError
 from plumbing.seeds import Rows
 from semantic import Compressor
 from settings import Config, StageConfig
-from toy.encoder import EncoderLearner
+from toy.encoder import LEARNERS
 from toy.vae import TinyVAE, VAELearner
 
 Logs = dict[str, Tensor]  # each a mean, or a value of each row
@@ -251,7 +251,9 @@ def learner(config: Config, stage: str, captions=(), compressor: nn.Module | Non
     """
     return {
         "vae": lambda: VAELearner(config.vae, config.data.size),
-        "encoder": lambda: EncoderLearner(config.encoder, config.data.semantic_size, captions),
+        "encoder": lambda: LEARNERS[config.encoder.learns](
+            config.encoder, config.data.semantic_size, captions
+        ),
         "latent": lambda: Painter(config),
         "semantic": lambda: Planner(config, compressor),
         "base": lambda: Base(config),

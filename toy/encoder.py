@@ -1,6 +1,8 @@
 """A semantic encoder in miniature: a video transformer that predicts captions, then freezes.
 
 It stands in for Qwen2.5-VL's vision tower (Sec. 3.2), which was trained by language alignment too.
+Two others to compare it with (Fig. 9, App. C): the same network trained without captions, and
+VAE latents in place of features.
 """
 
 import math
@@ -10,19 +12,24 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from data import to_float
 from plumbing.seeds import Rows
 from semantic import pair_grid
 from toy.conv import MatrixConv, ResBlock
+from vae import VideoVAE
+
+PATCH = 8  # pixels per feature, each way: three halvings
+HIDDEN = 0.6  # share of the features whose pixels HiddenLearner hides
 
 
 @dataclass(frozen=True)
 class TinyEncoderConfig:
     """Sizes of TinyEncoder and of the captioner that trains it."""
 
+    learns: str = "captions"  # or "hidden": the pixels of hidden parts of a clip, from the others
     dim: int = 128  # d
     blocks: int = 3
     heads: int = 4
@@ -32,12 +39,14 @@ class TinyEncoderConfig:
     caption_words: int = 16  # longer captions are cut
 
     def __post_init__(self):
+        if self.learns not in ("captions", "hidden"):
+            raise ValueError(f"encoder.learns={self.learns}: choose captions or hidden")
         if self.dim < 4 or self.dim % 4 or self.heads < 1 or self.dim % self.heads:
             raise ValueError(f"dim {self.dim}: must divide by 4 and by the {self.heads} heads")
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return (S, hs, ws); ValueError names the multiples that fit."""
-        return pair_grid(frames, height, width, patch=8)  # three halvings
+        return pair_grid(frames, height, width, PATCH)
 
 
 class TinyEncoder(nn.Module):
@@ -181,3 +190,78 @@ class EncoderLearner(nn.ModuleDict):
         """video: (B, 3, F, H, W) uint8; ids: (B, M). Returns the mean loss of a word."""
         loss, exact = self["captioner"].loss(self["encoder"](to_float(video)), ids)  # (B,), (B,)
         return loss.mean() / self.words, {"exact": exact}
+
+
+class HiddenLearner(nn.ModuleDict):
+    """The stage `encoder` without captions: pixels of hidden parts of a clip, from the others.
+
+    Self-supervised, as the masked autoencoders that SemanticGen names as drop-ins; our choice: as
+    plain as SimMIM, with black in place of what is hidden and a linear map from features to pixels.
+    """
+
+    def __init__(self, config: TinyEncoderConfig, size: tuple[int, int, int], captions=()):
+        """size: of the low-rate video. captions: not used."""
+        head = nn.Linear(config.dim, 2 * 3 * PATCH**2)
+        super().__init__({"encoder": TinyEncoder(config), "head": head})
+        self.grid = config.grid(*size)
+        self.tokens = math.prod(self.grid)  # of a clip
+
+    def draw(self, dataset, rows: Rows) -> dict[str, Tensor]:
+        video = dataset.semantic_video(rows.indices(len(dataset)))
+        return {
+            "video": video,
+            "hidden": rows.draw(lambda rng: torch.rand(self.grid, generator=rng)),
+        }
+
+    def forward(self, video: Tensor, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """video: (B, 3, F, H, W) uint8; hidden: (B, S, hs, ws), hidden where below HIDDEN."""
+        sizes, hidden = {"two": 2, "p": PATCH, "q": PATCH}, hidden < HIDDEN
+        pixels = to_float(video)
+        cubes = rearrange(pixels, "b c (s two) (h p) (w q) -> b s h w (c two p q)", **sizes)
+        black = repeat(hidden, "b s h w -> b 1 (s two) (h p) (w q)", **sizes)
+        features = self["encoder"](pixels.masked_fill(black, -1))  # (B, d, S, hs, ws)
+        error = (self["head"](features.movedim(1, -1)).float() - cubes).abs().mean(-1)
+        loss = (error * hidden).flatten(1).sum(1) / hidden.flatten(1).sum(1).clamp(min=1)  # (B,)
+        return loss.mean(), {}
+
+
+LEARNERS = {"captions": EncoderLearner, "hidden": HiddenLearner}  # by what an encoder learns
+
+
+@dataclass(frozen=True)
+class LatentEncoderConfig:
+    """Sizes of LatentEncoder; the low rate has to be the video's own."""
+
+    dim: int  # d: the latents' channels times the latents of a feature
+    frames: int = 8  # of the video, for one feature
+    patch: int = PATCH  # pixels per feature, each way
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return (S, hs, ws); ValueError names the multiples that fit."""
+        if frames % self.frames or height % self.patch or width % self.patch or not frames:
+            raise ValueError(
+                f"video of {frames} frames, {height} x {width}: features need multiples of "
+                f"{self.frames} frames and {self.patch} pixels"
+            )
+        return frames // self.frames, height // self.patch, width // self.patch
+
+
+class LatentEncoder(nn.Module):
+    """VAE latents in place of semantic features (the control of Fig. 9).
+
+    Neighbouring latents are folded into one feature's channels: as few tokens as a plan has, and
+    nothing is lost before the compressor.
+    """
+
+    def __init__(self, config: LatentEncoderConfig, vae: VideoVAE):
+        super().__init__()
+        self.config = config
+        self.vae = (vae,)  # a tuple hides it: it is another part's, already on its device
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Return the features: (B, 3, F, H, W) in [-1, 1] -> (B, d, S, hs, ws) float32."""
+        S, hs, ws = self.config.grid(*video.shape[2:])
+        (vae,) = self.vae
+        latents = vae.encode(video)
+        sizes = {"s": S, "h": hs, "w": ws}
+        return rearrange(latents, "b c (s r) (h p) (w q) -> b (c r p q) s h w", **sizes)

@@ -13,7 +13,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from data import to_float
-from toy.reader import GREW, UNCLEAR, read, read_stories, things, tracks
+from toy.reader import GREW, MOVED, UNCLEAR, read, read_stories, things, tracks
 from toy.world import GROWTH, MOTIONS, Thing, World, motions_of
 
 SCORES = {  # name -> how it is computed
@@ -41,6 +41,7 @@ LONG_SCORES = {  # of clips with several events, --long
     **{name: SCORES[name] for name in VIEWS},
 }
 DRIFT = ("colour", "shape", *VIEWS)  # scores whose drift is told
+FLASHED = 32  # grey levels of a frame above the median frame; the world's flashes are 60 at least
 ENDS = 0.15  # of a clip, its first and its last part: drift is by how much their scores differ
 
 
@@ -163,6 +164,45 @@ def drift(
     start = end_scores(videos[:, :, :frames], scenes, consistency)
     end = end_scores(videos[:, :, -frames:], scenes, consistency)
     return {name: float((start[name] - end[name]).abs().mean()) for name in DRIFT}
+
+
+def of_each(
+    videos: Tensor, scenes: Sequence[Sequence[Thing]], events: int, long: bool = False
+) -> dict[str, list[float]]:
+    """Return the accuracies of each video (B, 3, F, H, W) uint8, in percent.
+
+    Those of SCORES that compare with the prompt, means over its objects; or of LONG_SCORES.
+    """
+    found: dict[str, list[float]] = {}
+    for video, scene in zip(videos, scenes, strict=True):
+        right = long_agreement(video, scene, events) if long else agreement(read(video), scene)
+        for name in right.keys() - {"one", "two"}:  # which are `exact`, of some
+            found.setdefault(name, []).append(100 * sum(right[name]) / len(right[name]))
+    return dict(sorted(found.items()))
+
+
+def likeness(video: Tensor, reference: Tensor) -> dict[str, float]:
+    """Return what a video (3, F, H, W) uint8 keeps of its reference beyond a caption, in percent.
+
+    layout: objects of the reference near which there is one, whatever it looks like. texture:
+    correlation of the background's brightness.
+    """
+    here, there = tracks(video), tracks(reference)
+    unit = 32 * torch.tensor(video.shape[:1:-1]) / min(video.shape[2:])  # (W, H) of a frame
+    places = [torch.stack([(a.centres - b.centres) * unit for a in here]) for b in there if here]
+    near = [bool(x.norm(dim=-1).mean(1).min() < MOVED) for x in places]
+    covered = sum(track.coverage for track in [*here, *there])  # (F, H, W)
+    both = torch.stack([video.float().mean(0), reference.float().mean(0)])  # (2, F, H, W)
+    bare = both[:, covered < 0.05] if here or there else both.flatten(1)
+    correlation = torch.corrcoef(bare)[0, 1].nan_to_num() if bare.shape[1] > 1 else torch.zeros(())
+    return {"layout": 100 * sum(near) / max(1, len(there)), "texture": 100 * float(correlation)}
+
+
+def flash_of(video: Tensor) -> int | None:
+    """Return the frame of a video (3, F, H, W) uint8 that is a flash, if one is."""
+    bright = video.float().mean((0, 2, 3))  # (F,)
+    above = bright - bright.median()
+    return int(above.argmax()) if above.max() > FLASHED else None
 
 
 def score(

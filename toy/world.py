@@ -10,6 +10,8 @@ In long clips (`events` above 1) each object does one thing after another, all f
 
     "a red circle moves left then up then stays still then right"
 
+With `flashes` half of the clips have one frame that is nearly white, which no caption tells.
+
 Two objects always differ in colour; their order is left to right where they lie side by side, top
 to bottom where one lies above the other. A tenth of the combinations of colour, shape and motion is
 never shown in training (`is_held_out`).
@@ -44,6 +46,7 @@ MOTIONS = {  # verb phrase -> direction (y, x) and sense of growth
     "shrinks": (0, 0, -1),
 }
 GROWTH = 1.7  # radius at the large end over radius at the small end
+FLASH = 0.6  # share of white in a flash
 EXTENT = 1.1  # no shape reaches further than this many radii from its centre
 SPLITS = ("train", "test", "held_out")
 CHUNK = 32  # clips drawn at a time: larger ones fall out of the processor's cache
@@ -191,6 +194,17 @@ class World:
         frames = self._low_rate_frames()
         return self._draw(indices, frames, config.semantic_height, config.semantic_width)
 
+    def flash(self, index: int) -> int | None:
+        """Return the frame in which clip `index` flashes, if it does."""
+        if not self.config.flashes:
+            return None
+        frames, rng = (
+            self.config.frames,
+            np.random.default_rng([SPLITS.index(self.split), index, 1]),
+        )
+        frame = int(rng.integers(2 * frames))  # of numbers of its own: the rest stays as it is
+        return frame if frame < frames else None
+
     def _low_rate_frames(self) -> np.ndarray:
         """The frame on screen at each k / semantic_fps; the last one holds."""
         return np.floor(np.array(self.config.semantic_times) * self.config.fps + 1e-6).astype(int)
@@ -267,7 +281,11 @@ class World:
     def _draw(self, indices: Sequence[int], frames: np.ndarray, height: int, width: int) -> Tensor:
         """Draw the named frames of clips, (B, 3, frames, height, width) uint8."""
         chunks = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
-        return torch.cat([self._draw_chunk(c, frames, height, width) for c in chunks])
+        video = torch.cat([self._draw_chunk(c, frames, height, width) for c in chunks])
+        for clip, index in zip(video, indices if self.config.flashes else (), strict=False):
+            now = torch.from_numpy(frames == self.flash(index))
+            clip[:, now] = (clip[:, now] * (1 - FLASH) + 255 * FLASH).to(clip.dtype)
+        return video
 
     def _draw_chunk(self, indices, frames, height, width) -> Tensor:
         layouts = [self._layout(i) for i in indices]

@@ -5,10 +5,10 @@
     python experiments.py all --seeds 3             # all of them
     python experiments.py report                    # results/README.md and results/index.html
 
-claims.py says what is run and what would show a claim. Every score of every prompt is kept, one
-file for each arm and seed, and what is there is not run again. Two processes share the work: give
-the same command twice. A stage that arms have in common is trained once (`--runs`, remove it after
-changes of the code).
+claims.py says what is run and what would show a claim, conclusions.py what it shows. Every score of
+every prompt is kept, one file for each arm and seed, and what is there is not run again. Two
+processes share the work: give the same command twice. A stage that arms have in common is trained
+once: remove `--runs` after changes of the code.
 """
 
 import argparse
@@ -19,17 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from claims import EXPERIMENTS, STEPS, Arm, Claim, Experiment
+from claims import EXPERIMENTS, STEPS, Arm, Experiment
+from conclusions import conclude, line_of, report, slug
 from config import PRESETS, paper, preset, shapes
 from data import to_float
 from evaluate import Evaluation
@@ -38,7 +38,7 @@ from plumbing.device import count_flops, default_device, faster_dtype
 from plumbing.fields import differences, flat_fields
 from plumbing.files import UserError, check_target, command, read_json, write_file
 from plumbing.folder import locked, versions
-from plumbing.page import animation, page, plot
+from plumbing.page import animation
 from plumbing.seeds import Rows
 from run import FREE, Run
 from sample import through_vae
@@ -49,12 +49,7 @@ from toy.scores import drift, flash_of, likeness, of_each
 from toy.world import World
 from train import train
 
-RULE = (
-    "A claim is supported where the 95 % interval of its difference lies above its limit, not "
-    "supported where it lies below, else undecided; an experiment is supported if all its claims "
-    "are, and not supported if one is not. The interval is a bootstrap over prompts and seeds."
-)
-RESAMPLES = 10_000  # of the bootstrap
+PAUSE = 10  # seconds, where all that is left is being run by others
 SHOWN = 4  # prompts whose videos are kept, of the first seed
 USED = {  # stage -> the components whose fields decide what it becomes, besides what it needs
     "vae": ("data", "vae"),
@@ -85,6 +80,7 @@ def alone(folder: Path):
 # --- training an arm ----------------------------------------------------------------------------
 
 
+@lru_cache
 def stage_flops(config: Config, stage: str) -> int:
     """Return the floating-point operations of all steps of a stage (`count_flops`)."""
     chosen = getattr(config.stages, stage)
@@ -132,19 +128,16 @@ def needs(config: Config, stage: str) -> tuple[str, ...]:
 
 def stages_of(config: Config, arm: Arm) -> list[str]:
     """Return the stages that an arm's ways of making videos need, in the order of training."""
-    ends, found = [], []
-    for way in arm.ways:
-        plans = way.partition(",")[0]
-        own = {"text": "semantic", "base": "base", "vae": "vae", "real": "vae"}
-        ends.append(own.get(plans, "latent"))
+    own = {"text": "semantic", "base": "base", "vae": "vae", "real": "vae"}
+    found: list[str] = []
 
     def add(stage: str):
         for need in needs(config, stage):
             add(need)
         found.extend([stage] if stage not in found else [])
 
-    for end in ends:
-        add(end)
+    for way in arm.ways:
+        add(own.get(way.partition(",")[0], "latent"))
     return found
 
 
@@ -210,15 +203,12 @@ def seen(test: Evaluation, videos: torch.Tensor, way: str) -> dict[str, list[flo
         alike = [likeness(video, real) for video, real in pairs]
         scores |= {name: [x[name] for x in alike] for name in alike[0]}
     if test.world.config.flashes:
-        told = [
-            (test.world.flash(i), flash_of(v)) for i, v in zip(test.indices, videos, strict=True)
-        ]
-        near = [
-            found is not None and abs(found - true) <= 1 for true, found in told if true is not None
-        ]
-        rest = iter(near)
-        scores["flash"] = [None if true is None else 100.0 * next(rest) for true, _ in told]
-        scores["calm"] = [100.0 * (found is None) if true is None else None for true, found in told]
+        true, found = [test.world.flash(i) for i in test.indices], [flash_of(v) for v in videos]
+        both = list(zip(true, found, strict=True))
+        near = [x is not None and y is not None and abs(x - y) <= 1 for x, y in both]
+        pairs = zip(near, true, strict=True)
+        scores["flash"] = [100.0 * n if x is not None else None for n, x in pairs]
+        scores["calm"] = [100.0 * (y is None) if x is None else None for x, y in both]
     if test.long:
         pairs = zip(videos, test.scenes, strict=True)
         each = [drift(video[None], [scene], unseen) for video, scene in pairs]
@@ -255,8 +245,7 @@ def growths(found: dict[str, list]) -> dict[str, dict[str, list[float]]]:
     scores = {}
     for name in ("full", "windows"):
         rows = found[f"{name} forward"]
-        doublings = pairwise(rows)
-        each = [(b[1] / a[1]) ** (1 / math.log2(b[0] / a[0])) for a, b in doublings]
+        each = [(b[1] / a[1]) ** (1 / math.log2(b[0] / a[0])) for a, b in pairwise(rows)]
         scores[name] = {"growth": each}
     few = shapes(paper(), 60)["latent tokens per plan token"]
     return scores | {"tokens": {"per plan token": [few]}}
@@ -267,16 +256,8 @@ def measured_cost() -> dict[str, dict[str, list[float]]]:
     script = Path(__file__).parent / "benchmarks" / "length.py"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "length.json"
-        words = [
-            "--only",
-            "full forward",
-            "windows forward",
-            "--repeat",
-            ROUNDS,
-            "--tokens",
-            *TOKENS,
-        ]
-        words += ["--json", file, "--out", file.with_suffix(".png")]
+        words = ["--json", file, "--out", file.with_suffix(".png"), "--repeat", ROUNDS]
+        words += ["--tokens", *TOKENS, "--only", "full forward", "windows forward"]
         subprocess.run([sys.executable, script, *map(str, words)], check=True)
         return growths(read_json(file))
 
@@ -284,7 +265,7 @@ def measured_cost() -> dict[str, dict[str, list[float]]]:
 # --- results ------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """What the command line says."""
 
@@ -295,15 +276,6 @@ class Options:
     arms: Sequence[str]
     out: Path
     runs: Path
-
-
-def result_file(out: Path, experiment: Experiment, arm: Arm, seed: int) -> Path:
-    return out / experiment.name / f"{slug(arm.name)}.{seed}.json"
-
-
-def slug(name: str) -> str:
-    """Return a name without spaces and commas, for a file."""
-    return name.replace(",", "").replace(" ", "-")
 
 
 def compact(content: dict) -> bytes:
@@ -331,45 +303,50 @@ def dtype_of(runs: Path) -> str:
     return file.read_text()
 
 
-def is_done(file: Path, config: Config, prompts: int) -> bool:
-    """Return whether a result is there; UserError if it is of other settings."""
-    if not file.exists():
-        return False
-    found = read_json(file)
-    old, new = (flat_fields(x) for x in (from_fields(found["config"]), config))
-    changed = differences({"prompts": found["prompts"], **old}, {"prompts": prompts, **new})
-    changed = [x for x in changed if not x.startswith("dtype ")]
-    if changed:
-        raise UserError(
-            f"{file} is of other settings ({', '.join(changed[:3])}): give another --out, or "
-            "remove it"
-        )
-    return True
+class Job:
+    """An arm of an experiment with a seed: its configuration, and the file of its result."""
+
+    def __init__(self, experiment: Experiment, arm: Arm, seed: int, options: Options):
+        self.experiment, self.arm, self.seed, self.options = experiment, arm, seed, options
+        self.file = options.out / experiment.name / f"{slug(arm.name)}.{seed}.json"
+        self.preset = options.preset or experiment.preset
+        config = configured(arm, self.preset, options.settings)
+        same = config.dtype != "auto"
+        self.config = config if same else replace(config, dtype=dtype_of(options.runs))
+
+    @property
+    def done(self) -> bool:
+        """Whether the result is there; UserError if it is of other settings."""
+        if not self.file.exists():
+            return False
+        found = read_json(self.file)
+        old = {"prompts": found["prompts"], **flat_fields(from_fields(found["config"]))}
+        new = {"prompts": self.options.prompts, **flat_fields(self.config), "dtype": old["dtype"]}
+        if changed := differences(old, new):
+            raise UserError(
+                f"{self.file} is of other settings ({', '.join(changed[:3])}): give another --out, "
+                "or remove it"
+            )
+        return True
 
 
-def run_arm(experiment: Experiment, arm: Arm, seed: int, options: Options):
-    """Train and score an arm with a seed, and write the result; Busy if another process does."""
-    file = result_file(options.out, experiment, arm, seed)
-    name = options.preset or experiment.preset
-    config = configured(arm, name, options.settings)
-    if is_done(file, config, options.prompts):
-        return
-    if config.dtype == "auto":
-        config = replace(config, dtype=dtype_of(options.runs))
-    timed = experiment.name == "cost"
-    folder = options.runs / ("cost" if timed else hash_of([flat_fields(config), seed]))
+def run_job(job: Job):
+    """Train and score an arm, and write the result; Busy if another process does."""
+    timed, arm, seed, runs = job.experiment.name == "cost", job.arm, job.seed, job.options.runs
+    folder = runs / ("cost" if timed else hash_of([flat_fields(job.config), seed]))
     with alone(folder):
-        if is_done(file, config, options.prompts):
+        if job.done:
             return
-        print(f"\n{experiment.name}: {arm.name}, seed {seed}")
-        content = {"experiment": experiment.name, "arm": arm.name, "seed": seed}
-        content |= {"prompts": options.prompts, "preset": name, "config": flat_fields(config)}
+        print(f"\n{job.experiment.name}: {arm.name}, seed {seed}")
+        content = {"experiment": job.experiment.name, "arm": arm.name, "seed": seed}
+        content |= {"prompts": job.options.prompts, "preset": job.preset}
         if timed:
             content["scores"] = measured_cost()
         else:
-            run = trained(folder, config, stages_of(config, arm), seed, options.runs)
-            content |= scored(run, arm, options.prompts, seed, file)
-        write_file(file, compact({**content, "hardware": hardware(), "versions": versions()}))
+            run = trained(folder, job.config, stages_of(job.config, arm), seed, runs)
+            content |= scored(run, arm, job.options.prompts, seed, job.file)
+        content |= {"hardware": hardware(), "versions": versions()}
+        write_file(job.file, compact({**content, "config": flat_fields(job.config)}))
 
 
 def scored(run: Run, arm: Arm, prompts: int, seed: int, file: Path) -> dict:
@@ -388,218 +365,13 @@ def scored(run: Run, arm: Arm, prompts: int, seed: int, file: Path) -> dict:
         videos = test.videos(way_of(test, way), way)
         content["scores"][way] = seen(test, videos, way)
         if seed == 0:
-            write_file(
-                samples_file(file.parent, arm.name, way),
-                animation(videos[:SHOWN], run.config.data.fps),
-            )
+            samples = file.parent / "samples" / f"{slug(arm.name, way)}.webp"
+            write_file(samples, animation(videos[:SHOWN], run.config.data.fps))
     run.let_go()
     return content
 
 
-def samples_file(folder: Path, arm: str, way: str) -> Path:
-    return folder / "samples" / f"{slug(arm)}.{slug(way)}.webp"
-
-
-# --- conclusions --------------------------------------------------------------------------------
-
-
-def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
-    """Return the mean of values (seeds, prompts) and its 95 % interval.
-
-    Seeds and prompts are drawn anew with replacement, apart: the same prompts serve all seeds.
-    """
-    rng, (seeds, prompts) = np.random.default_rng(0), values.shape
-    of_seeds, of_prompts = (
-        rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in (seeds, prompts)
-    )
-    means = (of_seeds @ values * of_prompts).sum(1)  # (RESAMPLES,)
-    return float(values.mean()), *(float(x) for x in np.percentile(means, [2.5, 97.5]))
-
-
-def table_of(results: dict[int, dict], way: str, score: str) -> dict[int, np.ndarray]:
-    """Return {seed: scores of all prompts (prompts,)} of an arm; NaN where one does not apply."""
-    return {
-        seed: np.array(found["scores"][way][score], float)
-        for seed, found in results.items()
-        if score in found["scores"].get(way, {})
-    }
-
-
-def judge(claim: Claim, results: dict[str, dict[int, dict]]) -> dict:
-    """Return a claim's difference with its interval and the verdict, by the rule; or "not run"."""
-    terms = []
-    for sign, sides in ((1, claim.more), (-1, claim.less)):
-        for arm, way, *score in sides:
-            terms.append((sign, table_of(results.get(arm, {}), way, *(score or [claim.score]))))
-    seeds = sorted(set.intersection(*(set(found) for _, found in terms)))
-    said = {"says": claim.says, "limit": claim.least, "seeds": len(seeds)}
-    if not seeds:
-        return {**said, "verdict": "not run"}
-    difference = sum(sign * np.stack([found[s] for s in seeds]) for sign, found in terms)
-    mean, low, high = bootstrap(difference[:, ~np.isnan(difference).any(0)])
-    verdict = (
-        "supported" if low > claim.least else "not supported" if high < claim.least else "undecided"
-    )
-    interval = {"difference": mean, "low": low, "high": high}
-    return {**said, **{k: round(x, 2) for k, x in interval.items()}, "verdict": verdict}
-
-
-def verdict_of(claims: Sequence[dict]) -> str:
-    """Return an experiment's verdict from those of its claims."""
-    found = [claim["verdict"] for claim in claims]
-    for verdict in ("not run", "not supported", "undecided"):
-        if verdict in found:
-            return verdict
-    return "supported"
-
-
-def read_results(out: Path, experiment: Experiment) -> dict[str, dict[int, dict]]:
-    """Return {arm: {seed: result}} of what was run so far."""
-    results: dict[str, dict[int, dict]] = {}
-    for arm in experiment.arms:
-        for file in sorted((out / experiment.name).glob(f"{slug(arm.name)}.*.json")):
-            if file.name.removeprefix(f"{slug(arm.name)}.").removesuffix(".json").isdigit():
-                found = read_json(file)
-                results.setdefault(arm.name, {})[found["seed"]] = found
-    return results
-
-
-def rows_of(experiment: Experiment, results: dict) -> Iterator[dict]:
-    """Yield what was found of each arm and way: scores with their intervals, and its compute."""
-    for arm in experiment.arms:
-        found = results.get(arm.name, {})
-        for way in arm.ways if found else ():
-            scores = {}
-            for name in experiment.shows:
-                if not (each := table_of(found, way, name)):
-                    continue
-                values = np.stack([each[seed] for seed in sorted(each)])
-                values = values[:, ~np.isnan(values).any(0)]
-                mean, low, high = (round(x, 2) for x in bootstrap(values))
-                seeds = [round(float(x), 2) for x in values.mean(1)]
-                scores[name] = {"mean": mean, "low": low, "high": high, "seeds": seeds}
-            first = found[min(found)]
-            side = ("base",) if way.startswith("base") else RECIPE[1:]  # the VAE is everybody's
-            used = {k: v for k, v in first.get("flops", {}).items() if k in side}
-            compute = round(sum(used.values()) / 1e15, 3)
-            facts = {
-                k: round(np.mean([f["facts"][k] for f in found.values()]).item(), 2)
-                for k in first.get("facts", {})
-            }
-            yield {
-                "arm": arm.name,
-                "way": way,
-                "line": arm.line,
-                "PFLOP": compute,
-                "facts": facts,
-                "scores": scores,
-            }
-
-
-def conclude(experiment: Experiment, out: Path) -> dict | None:
-    """Write conclusion.json from an experiment's results and return it; None without any."""
-    results = read_results(out, experiment)
-    if not results:
-        return None
-    every = [found for seeds in results.values() for found in seeds.values()]
-    claims = [judge(claim, results) for claim in experiment.claims]
-    content = {
-        "experiment": experiment.name,
-        "paper": experiment.paper,
-        "verdict": verdict_of(claims),
-        "claims": claims,
-        "asks": [judge(claim, results) for claim in experiment.asks],
-        "seeds": max(len(found) for found in results.values()),
-        "prompts": every[0]["prompts"],
-        "preset": every[0]["preset"],
-        "captions": next((x["captions"] for x in every if "captions" in x), []),
-        "rows": list(rows_of(experiment, results)),
-        "commits": sorted({found["versions"]["commit"] for found in every}),
-        "hardware": sorted({found["hardware"] for found in every}),
-    }
-    write_file(out / experiment.name / "conclusion.json", json.dumps(content, indent=1).encode())
-    return content
-
-
-def told(claim: dict) -> str:
-    """Return a judged claim in words."""
-    if claim["verdict"] == "not run":
-        return f"not run: {claim['says']}"
-    limit = f", limit {claim['limit']:g}" if claim["limit"] else ""
-    return (
-        f"{claim['verdict']}: {claim['says']} ({claim['difference']:+.1f}, "
-        f"{claim['low']:.1f} to {claim['high']:.1f}{limit})"
-    )
-
-
-def line_of(conclusion: dict) -> str:
-    """Return an experiment's line of conclusion."""
-    return f"{conclusion['verdict']} - " + "; ".join(map(told, conclusion["claims"]))
-
-
 # --- the command --------------------------------------------------------------------------------
-
-
-def labelled(conclusion: dict, out: Path) -> list[dict]:
-    """Return the rows of a conclusion with their labels and, where they were kept, their videos."""
-    rows = []
-    for row in conclusion["rows"]:
-        file = samples_file(out / conclusion["experiment"], row["arm"], row["way"])
-        label = f"{row['arm']}: {row['way']}"
-        rows.append({**row, "label": label, "videos": file if file.exists() else None})
-    return rows
-
-
-def report(out: Path):
-    """Write results/README.md, a plot for each experiment, and index.html, from the results."""
-    found = [(e, c) for e in EXPERIMENTS if (c := conclude(e, out))]
-    if not found:
-        raise UserError(f"{out} has no results: python experiments.py plan --out {out}")
-    lines = [
-        "# The paper's claims in miniature",
-        "",
-        f"`python experiments.py NAME` runs one of them. {RULE}",
-        "",
-        "| name | the paper says | ours | seeds, prompts, preset |",
-        "|---|---|---|---|",
-    ]
-    sections = []
-    for experiment, c in found:
-        size = f"{c['seeds']}, {c['prompts']}, {c['preset']}"
-        anchor = f"[{c['experiment']}](#{c['experiment']})"
-        lines.append(f"| {anchor} | {c['paper']} | {line_of(c)} | {size} |")
-        rows = labelled(c, out)
-        write_file(out / c["experiment"] / "plot.png", plot(rows, experiment.shows))
-        sections.append((c, rows, experiment.shows))
-    for c, rows, shows in sections:
-        lines += ["", f"## {c['experiment']}", "", c["paper"], "", *section(c, rows, shows)]
-        notes = out / c["experiment"] / "notes.md"
-        lines += ["", notes.read_text().strip()] if notes.exists() else []
-    write_file(out / "README.md", ("\n".join(lines) + "\n").encode())
-    write_file(out / "index.html", page(RULE, sections, line_of, told, out).encode())
-    print(f"{out / 'README.md'}\n{out / 'index.html'}")
-
-
-def section(c: dict, rows: list[dict], shows: Sequence[str]) -> list[str]:
-    """Return an experiment's claims, scores and plot in Markdown."""
-    lines = [f"**{c['verdict']}**", ""]
-    lines += [f"- {told(claim)}" for claim in c["claims"]]
-    if c["asks"]:
-        lines += ["", "Beside it:", "", *(f"- {told(claim)}" for claim in c["asks"])]
-    facts = list(dict.fromkeys(name for row in rows for name in row["facts"]))
-    lines += ["", "| " + " | ".join(["", *shows, "PFLOP", *facts]) + " |"]
-    lines += ["|---" * (len(shows) + len(facts) + 2) + "|"]
-    for row in rows:
-        cells = [row["label"]]
-        for name in shows:
-            score = row["scores"].get(name)
-            cells.append(
-                f"{score['mean']:.1f} ({score['low']:.1f} to {score['high']:.1f})" if score else ""
-            )
-        cells += [f"{row['PFLOP']:g}", *(f"{row['facts'].get(name, ''):g}" for name in facts)]
-        lines.append("| " + " | ".join(cells) + " |")
-    where = f"{'; '.join(c['hardware'])}; commit {', '.join(c['commits'])}"
-    return [*lines, "", f"![{c['experiment']}]({c['experiment']}/plot.png)", "", where]
 
 
 def arguments() -> tuple[str, Options]:
@@ -608,28 +380,26 @@ def arguments() -> tuple[str, Options]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [experiment.name for experiment in EXPERIMENTS]
-    parser.add_argument(
-        "what",
-        choices=["list", "all", "report", *names],
-        metavar="WHAT",
-        help=f"list, all, report, or one of {', '.join(names)}",
-    )
+    what = f"list, all, report, or some of {', '.join(names)}"
+    parser.add_argument("what", nargs="+", metavar="WHAT", help=what)
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...: so many")
     parser.add_argument("--prompts", type=int, default=128, help="half with one object, half two")
     parser.add_argument("--preset", choices=PRESETS, help="instead of each experiment's own")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these")
     parser.add_argument("--out", type=Path, default=Path("results"), help="where results go")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/experiments"), help="what is trained"
-    )
+    runs = Path("runs/experiments")
+    parser.add_argument("--runs", type=Path, default=runs, help="where runs and stages go")
     args = vars(parser.parse_args())
     what, options = args.pop("what"), Options(**args)
+    alone = len(what) == 1 and what[0] in ("list", "all", "report")
+    if not alone and (unknown := [name for name in what if name not in names]):
+        raise UserError(f"{unknown[0]}: choose list, all, report, or some of {', '.join(names)}")
     if options.seeds < 1 or options.prompts < 2:
         raise UserError("--seeds: at least 1; --prompts: at least 2, one object and two")
-    known = {arm.name for e in EXPERIMENTS if what in (e.name, "all") for arm in e.arms}
-    if unknown := sorted(set(options.arms) - known):
-        raise UserError(f"--arms {unknown[0]}: {what} has {', '.join(sorted(known)) or 'none'}")
+    known = {arm.name for e in EXPERIMENTS if e.name in what or what == ["all"] for arm in e.arms}
+    if missing := sorted(set(options.arms) - known):
+        raise UserError(f"--arms {missing[0]}: choose from {', '.join(sorted(known)) or 'none'}")
     for folder in (options.out, options.runs):
         check_target(folder, folder=True)
     return what, options
@@ -637,32 +407,30 @@ def arguments() -> tuple[str, Options]:
 
 def run_all(experiments: Sequence[Experiment], options: Options):
     """Run what is missing, all arms of one seed before the next; what others run is waited for."""
-    todo = [
-        (experiment, arm, seed)
-        for experiment in experiments
-        for seed in range(options.seeds)
-        for arm in experiment.arms
-        if not options.arms or arm.name in options.arms
-    ]
-    while todo:
-        busy = []
+    todo = []
+    for experiment in experiments:
+        for seed, arm in product(range(options.seeds), experiment.arms):
+            if not options.arms or arm.name in options.arms:
+                todo += [Job(experiment, arm, seed, options)]
+    while todo := [job for job in todo if not job.done]:  # refuses what was run otherwise
+        before, busy = len(todo), []
         for job in todo:
             try:
-                run_arm(*job, options)
+                run_job(job)
             except Busy:
                 busy.append(job)
-        if len(busy) == len(todo):
-            time.sleep(10)
+        if len(busy) == before:
+            time.sleep(PAUSE)
         todo = busy
 
 
 def main():
     what, options = arguments()
-    chosen = [e for e in EXPERIMENTS if what in (e.name, "all", "list")]
-    if what == "report":
+    if what == ["report"]:
         report(options.out)
         return
-    if what != "list":
+    chosen = [e for e in EXPERIMENTS if e.name in what or what in (["all"], ["list"])]
+    if what != ["list"]:
         run_all(chosen, options)
     for experiment in chosen:
         conclusion = conclude(experiment, options.out)

@@ -3,8 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from einops import rearrange
@@ -37,35 +36,32 @@ def animation(videos: Tensor, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def plot(rows: Sequence[dict], shows: Sequence[str]) -> bytes:
-    """Return a PNG: scores of each row with intervals and seeds; or curves of the first score.
+def plot(rows: Sequence[dict], shows: Sequence[str], cost: str) -> bytes:
+    """Return a PNG: the scores of each row; or, of rows with a line, curves of the first score.
 
-    rows: "label", "scores" {name: "mean", "low", "high", "seeds"}; for curves of score against
-    compute also "line", "way" and "PFLOP".
+    rows: "label" and "scores" {name: "mean", "low", "high", "seeds"}; for curves also "line", "way"
+    and what is called `cost`.
     """
     matplotlib = require("matplotlib", "plot")
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     curved = any(row["line"] for row in rows)
-    size = (6, 4) if curved else (2.5 + 2 * len(shows), 1 + 0.3 * len(rows))
+    columns, size = len(shows), (2.5 + 2 * len(shows), 1 + 0.3 * len(rows))
+    if curved:
+        columns, size = 1, (6, 4)
     figure, panels = pyplot.subplots(
-        1,
-        1 if curved else len(shows),
-        figsize=size,
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
+        1, columns, figsize=size, squeeze=False, sharey=True, layout="constrained"
     )
     if curved:
-        draw_curves(panels[0, 0], rows, shows[0])
+        draw_curves(panels[0, 0], rows, shows[0], cost)
     else:
         for panel, name in zip(panels[0], shows, strict=True):
             draw_dots(panel, rows, name)
         panels[0, 0].set_yticks(range(len(rows)), [row["label"] for row in rows])
         panels[0, 0].invert_yaxis()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    figure.savefig(buffer, format="png", dpi=80)
     pyplot.close(figure)
     return buffer.getvalue()
 
@@ -74,92 +70,78 @@ def draw_dots(panel, rows: Sequence[dict], name: str):
     """Draw one score of each row: mean, interval, and a dot for each seed."""
     for place, row in enumerate(rows):
         if score := row["scores"].get(name):
-            panel.plot(
-                [score["low"], score["high"]], [place, place], color="tab:blue", alpha=0.4, lw=5
-            )
+            ends = [score["low"], score["high"]]
+            panel.plot(ends, [place, place], color="tab:blue", alpha=0.4, lw=5)
             panel.plot(score["seeds"], [place] * len(score["seeds"]), "k.", ms=4)
             panel.plot(score["mean"], place, "|", color="tab:blue", ms=12, mew=2)
     panel.set(title=name)
     panel.grid(axis="x", alpha=0.3)
 
 
-def draw_curves(panel, rows: Sequence[dict], name: str):
-    """Draw a score against compute, a curve for each line and way."""
+def draw_curves(panel, rows: Sequence[dict], name: str, cost: str):
+    """Draw a score against its cost, a curve for each line and way."""
     curves: dict[str, list] = {}
     for row in rows:
         if score := row["scores"].get(name):
-            curves.setdefault(f"{row['line']}: {row['way']}", []).append((row["PFLOP"], score))
+            curves.setdefault(f"{row['line']}: {row['way']}", []).append((row[cost], score))
     for label, points in curves.items():
         x, scores = zip(*sorted(points, key=lambda point: point[0]), strict=True)
         low, high = ([score[end] for score in scores] for end in ("low", "high"))
         (drawn,) = panel.plot(x, [score["mean"] for score in scores], "o-", label=label)
         panel.fill_between(x, low, high, alpha=0.15, color=drawn.get_color(), lw=0)
-    panel.set(xlabel="PFLOP of training, without the VAE's", ylabel=name, xscale="log")
+    panel.set(xlabel=f"{cost} of training", ylabel=name)
     panel.grid(alpha=0.3)
     panel.legend()
 
 
-def inline(file: Path, kind: str) -> str:
-    """Return a file as a data address."""
-    return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+def inline(content: bytes, kind: str) -> str:
+    """Return an image as a data address."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def scores_table(rows: Sequence[dict], shows: Sequence[str]) -> str:
-    """Return the rows with their scores as a table."""
-    cells = "".join(f"<th>{html.escape(name)}" for name in shows)
-    lines = [f"<table><tr><th>{cells}<th>PFLOP"]
-    for row in rows:
-        line = f"<tr><td>{html.escape(row['label'])}"
-        for name in shows:
-            score = row["scores"].get(name)
-            text = f"{score['mean']:.1f} <small>{score['low']:.1f} to {score['high']:.1f}</small>"
-            line += f"<td>{text if score else ''}" if score else "<td>"
-        lines.append(f"{line}<td>{row['PFLOP']:g}")
-    return "\n".join([*lines, "</table>"])
+def marked(said: str) -> str:
+    """Return an item of a list that begins with a verdict, marked by it."""
+    return f'<li class="{said.split()[0].strip(":")}">{html.escape(said)}'
 
 
-def videos_table(rows: Sequence[dict], captions: Sequence[str]) -> str:
-    """Return the moving samples, a row for each arm and way, under their captions."""
-    shown = [row for row in rows if row["videos"]]
-    if not shown:
-        return ""
-    told = "".join(f"<li>{html.escape(caption)}" for caption in captions)
-    lines = [f"<p>Videos, left to right:</p><ol>{told}</ol><table>"]
-    for row in shown:
-        picture = f'<img class="videos" src="{inline(row["videos"], "webp")}" alt="">'
-        lines.append(f"<tr><td>{html.escape(row['label'])}<td>{picture}")
-    return "\n".join([*lines, "</table>"])
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells, ready-made HTML, as a table."""
+    return "\n".join(["<table>", *("<tr><td>" + "<td>".join(row) for row in rows), "</table>"])
 
 
-def page(rule: str, sections: Sequence[tuple], line_of: Callable, told: Callable, out: Path) -> str:
+def shown(section: dict) -> str:
+    """Return a section of the page (`page`)."""
+    name, escape = section["name"], html.escape
+    parts = [f'<h2 id="{name}">{name}</h2><p>{escape(section["paper"])}</p>']
+    parts += ["<ul>", *map(marked, section["claims"]), "</ul>"]
+    if section["asks"]:
+        parts += ["<p>Beside it:</p><ul>", *map(marked, section["asks"]), "</ul>"]
+    parts += [f"<p>{escape(section['notes'])}</p>"] if section["notes"] else []
+    parts.append(table([[escape(cell) for cell in row] for row in section["table"]]))
+    parts.append(f'<img src="{inline(section["plot"], "png")}" alt="scores of {name}">')
+    if section["videos"]:
+        told = "".join(f"<li>{escape(caption)}" for caption in section["captions"])
+        parts.append(f"<p>Videos, from left to right:</p><ol>{told}</ol>")
+        address = {label: inline(video, "webp") for label, video in section["videos"].items()}
+        picture = '<img class="videos" src="{}" alt="">'
+        parts.append(table([[escape(k), picture.format(v)] for k, v in address.items()]))
+    return "\n".join([*parts, f"<p><small>{escape(section['where'])}</small></p>"])
+
+
+def page(title: str, intro: str, sections: Sequence[dict]) -> str:
     """Return one HTML page that needs no other file.
 
-    sections: (conclusion, its rows, the scores to show); line_of(conclusion), told(claim): text.
+    sections: name, paper, verdict, claims and asks (text that begins with a verdict), table, plot
+    (PNG), videos {label: WebP} under their captions, where it was run, and notes.
     """
+    rows = [["experiment", "the paper says", "ours"]]
+    for section in sections:
+        link = f'<a href="#{section["name"]}">{section["name"]}</a>'
+        kind, paper = section["verdict"].split()[0], html.escape(section["paper"])
+        rows.append([link, paper, f'<span class="{kind}">{section["verdict"]}</span>'])
     parts = [
-        '<!doctype html><html lang="en"><meta charset="utf-8">',
-        "<title>The paper's claims in miniature</title>",
-        f"<style>{STYLE}</style><h1>The paper's claims in miniature</h1><p>{html.escape(rule)}</p>",
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
+        f"<style>{STYLE}</style><h1>{title}</h1><p>{html.escape(intro)}</p>",
+        *(table(rows), *map(shown, sections)),
     ]
-    parts.append("<table><tr><th>experiment<th>the paper says<th>ours")
-    for c, *_ in sections:
-        kind = c["verdict"].split()[0]
-        name = f'<a href="#{c["experiment"]}">{c["experiment"]}</a>'
-        parts.append(
-            f'<tr><td>{name}<td>{html.escape(c["paper"])}<td class="{kind}">{c["verdict"]}'
-        )
-    parts.append("</table>")
-    for c, rows, shows in sections:
-        parts.append(f'<h2 id="{c["experiment"]}">{c["experiment"]}</h2>')
-        parts.append(f"<p>{html.escape(c['paper'])}</p><ul>")
-        for claim in (*c["claims"], *c["asks"]):
-            kind = claim["verdict"].split()[0]
-            beside = "" if claim in c["claims"] else "<small>beside it</small> "
-            parts.append(f'<li class="{kind}">{beside}{html.escape(told(claim))}')
-        parts.append(f"</ul>{scores_table(rows, shows)}")
-        parts.append(f'<img src="{inline(out / c["experiment"] / "plot.png", "png")}" alt="plot">')
-        parts.append(videos_table(rows, c["captions"]))
-        size = f"{c['seeds']} seeds, {c['prompts']} prompts, preset {c['preset']}"
-        where = f"{size}; {'; '.join(c['hardware'])}; commit {', '.join(c['commits'])}"
-        parts.append(f"<p><small>{html.escape(where)}</small></p>")
     return "\n".join([*parts, "</html>", ""])

@@ -375,7 +375,7 @@ REFERENCE = Experiment(
         Claim("8 keep less than 64", ("64 | oracle, no text",), ("8 | oracle, no text",)),
         Claim("2 keep less than 8", ("8 | oracle, no text",), ("2 | oracle, no text",)),
     ),
-    shows=("number", "layout", "motion", "shape", "colour", "texture"),
+    shows=("exact", "number", "layout", "motion", "shape", "colour", "texture"),
 )
 
 COST = Experiment(

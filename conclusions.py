@@ -18,7 +18,7 @@ from stages import RECIPE
 RULE = (
     "A claim is supported where the 95 % interval of its difference lies above its limit (0 where "
     "none is named), not supported where it lies below, else undecided. An experiment is supported "
-    "if all its claims are, and not supported if one is not; undecided, too, where the whole method "
+    "if all its claims are, not supported if one is not, and undecided where the whole method "
     f"itself gets less than {ABLE:g} % right. Intervals are bootstraps over prompts and seeds."
 )
 RESAMPLES = 10_000  # of the bootstrap

@@ -246,7 +246,7 @@ DIMS = Experiment(
     able="8 | text",
     arms=(
         *(
-            Arm(name, (), "half", (PLAN, ORACLE, ALONE), partial(channels, count=count, kind=kind))
+            Arm(name, (), "half", (PLAN, ORACLE), partial(channels, count=count, kind=kind))
             for name, count, kind in (
                 *(("8", 8, "mlp"), ("64", 64, "mlp"), ("none", None, "none")),
                 *(("8 by PCA", 8, "pca"), ("2", 2, "mlp"), ("16", 16, "mlp"), ("4", 4, "mlp")),

@@ -175,42 +175,46 @@ def test_arms_share_the_stages_that_their_fields_do_not_change():
     assert same(usual, override(usual, (), **latents_as_plan(usual)), "vae")
 
 
-def run_stub(tmp_path: Path, *words: str) -> int:
+def run_stub(out: Path, runs: Path, name: str, *words: str) -> int:
     """Run the command with the smallest of everything; return its exit code."""
-    folders = ("--out", tmp_path / "results", "--runs", tmp_path / "runs")
-    name, *others = words
-    return call(experiments.main, name, *folders, "--set", *MICRO, "--prompts", 4, *others)
+    small = ("--set", *MICRO, "--prompts", 4, "--seeds", 1)
+    return call(experiments.main, name, "--out", out, "--runs", runs, *small, *words)
 
 
-def written(tmp_path: Path) -> dict[str, int]:
-    """Return when each result was written."""
-    return {f.name: f.stat().st_mtime_ns for f in (tmp_path / "results").glob("*/*.[0-9].json")}
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Return a folder with `results` of two experiments, and the `runs` they were made in."""
+    folder = tmp_path_factory.mktemp("made")
+    assert run_stub(folder / "results", folder / "runs", "plan") == 0
+    assert run_stub(folder / "results", folder / "runs", "base", "--arms", "full") == 0
+    return folder
 
 
-def test_a_second_call_runs_what_is_missing_and_nothing_else(tmp_path, monkeypatch, capsys):
+def test_a_second_call_runs_what_is_missing_and_nothing_else(made, tmp_path, monkeypatch, capsys):
     stages = []
-    monkeypatch.setattr(
-        experiments,
-        "train",
-        lambda run, todo, *_, train=experiments.train: (stages.extend(todo), train(run, todo, *_)),
-    )
-    assert run_stub(tmp_path, "noise", "--seeds", "1", "--arms", "tau 0.2", "tau 0") == 0
-    assert stages == ["vae", "encoder", "latent", "semantic", "latent", "semantic"]
-    before = written(tmp_path)
-    assert set(before) == {"tau-0.2.0.json", "tau-0.0.json"}
-    (tmp_path / "results" / "noise" / "tau-0.0.json").unlink()
-    assert run_stub(tmp_path, "noise", "--seeds", "1", "--arms", "tau 0.2", "tau 0") == 0
-    assert len(stages) == 6  # scored again, not trained again
-    after = written(tmp_path)
-    assert after["tau-0.2.0.json"] == before["tau-0.2.0.json"]
-    assert run_stub(tmp_path, "kl", "--seeds", "1", "--arms", "KL 3e-05") == 0  # the same recipe
-    assert len(stages) == 6
+
+    def counted(run, todo, *others, train=experiments.train):
+        stages.extend(todo)
+        train(run, todo, *others)
+
+    def files() -> dict[str, int]:
+        return {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("noise/*.json")}
+
+    monkeypatch.setattr(experiments, "train", counted)
+    words = tmp_path, made / "runs", "noise", "--arms"
+    assert run_stub(*words, "tau 0") == 0
+    assert stages == ["latent", "semantic"]  # VAE and encoder are those of `plan`
+    before = files()
+    (tmp_path / "noise" / "tau-0.0.json").unlink()
+    assert run_stub(*words, "tau 0", "tau 0.2") == 0
+    assert stages == ["latent", "semantic"] and len(files()) == 3  # scored, not trained
+    before = files()
+    assert run_stub(*words, "tau 0") == 0
+    assert all(files()[name] == before[name] for name in ("tau-0.0.json", "tau-0.2.0.json"))
     capsys.readouterr()
-    assert run_stub(tmp_path, "noise", "--arms", "tau 0", "--prompts", "2") == 2
-    assert re.search(
-        "tau-0.*is of other settings .prompts 4 -> 2.*remove it", capsys.readouterr().err
-    )
-    assert written(tmp_path).keys() == {*before, "KL-3e-05.0.json"}
+    assert run_stub(*words, "tau 0", "--prompts", "2") == 2
+    error = capsys.readouterr().err
+    assert re.search("tau-0.0.json is of other settings .prompts 4 -> 2.*remove it", error)
 
 
 def test_what_another_process_runs_is_left_to_it(tmp_path, monkeypatch):
@@ -274,14 +278,11 @@ def text_of(page: str) -> str:
 
 
 @pytest.mark.parametrize("folder", ["made here", "committed"])
-def test_the_page_has_no_number_of_its_own(tmp_path, folder):
-    out = RESULTS
+def test_the_page_has_no_number_of_its_own(made, folder):
+    out = RESULTS if folder == "committed" else made / "results"
     if folder == "made here":
-        out = tmp_path / "results"
-        assert run_stub(tmp_path, "kl", "--seeds", "2", "--arms", "KL 0") == 0
-        assert run_stub(tmp_path, "plan", "--seeds", "1") == 0
         conclusions.report(out)
-    elif not (RESULTS / "index.html").exists():
+    elif not (out / "index.html").exists():
         pytest.skip("no results yet")
     known = numbers_of([read_json(file) for file in out.glob("*/conclusion.json")])
     known |= set(NUMBER.findall(conclusions.RULE)) | {"1"}

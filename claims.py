@@ -1,16 +1,19 @@
 """What the paper claims, and what would show it in miniature: the experiments of experiments.py.
 
-An experiment has arms (a run that is trained and scored, once for each seed) and claims. A claim is
-about a difference between scores; its limit is stated here, before anything is run
-(`conclusions.py::RULE`). What a reader would ask besides is judged likewise and decides nothing
-(`asks`).
+An experiment has arms (a run that is trained and scored, once for each seed) and claims, each with
+a rule that is stated here, before anything is run:
+
+    "tau 0 | oracle - tau 0 | text > 5"    # ARM | WAY | SCORE: "text" and "exact" if not said
+
+It is about the difference of scores, in points (`conclusions.py::RULE` says how it is judged). What
+a reader would ask besides is judged likewise and decides nothing (`asks`).
 
 A score is a percentage of prompts, or a mean over their objects (toy/scores.py). A way of making
 videos (`experiments.py::way_of`) starts from text, or from a plan that the planner did not make.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from settings import Config
@@ -46,30 +49,15 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A difference between scores is above a limit, in points.
-
-    A side is "arm | way", or "arm | way | score" where the score is another; of several the sum
-    counts.
-    """
-
-    says: str
-    more: tuple[str, ...]
-    less: tuple[str, ...] = ()
-    score: str = "exact"
-    limit: float = 0.0
-
-
-@dataclass(frozen=True)
 class Experiment:
-    """What the paper says, what is run, and what is concluded from which differences."""
+    """What the paper says, what is run, and what is concluded by which rules."""
 
     name: str
     paper: str
     arms: tuple[Arm, ...]
-    claims: tuple[Claim, ...]
-    asks: tuple[Claim, ...] = ()
-    able: str = ""  # the side that has to reach ABLE, or nothing is concluded
+    claims: dict[str, str]  # what is claimed -> its rule
+    asks: dict[str, str] = field(default_factory=dict)
+    able: str = ""  # the side of a rule that has to reach ABLE, or nothing is concluded
     preset: str = "tiny"
     shows: tuple[str, ...] = ("exact", "number", "colour", "shape", "motion")
 
@@ -111,7 +99,7 @@ def shifted(config: Config, count: int | None, kind: str = "mlp") -> dict:
 PLANS = Experiment(
     "plan",
     "The plan guides the painter (Fig. 3, 4).",
-    able="full | text",
+    able="full",
     arms=(
         Arm(
             "full",
@@ -121,41 +109,28 @@ PLANS = Experiment(
             ),
         ),
     ),
-    claims=(
-        Claim(
-            "with text, a clip's own plan beats another's", ("full | oracle",), ("full | shuffled",)
+    claims={
+        "with text, a clip's own plan beats another's": "full | oracle - full | shuffled > 0",
+        "with text, a generated plan beats a dropped one": "full | text - full | dropped > 0",
+        "without text, a clip's own plan beats another's": (
+            "full | oracle, no text - full | shuffled, no text > 0"
         ),
-        Claim("with text, a generated plan beats none", ("full | text",), ("full | dropped",)),
-        Claim(
-            "without text, a clip's own plan beats another's",
-            ("full | oracle, no text",),
-            ("full | shuffled, no text",),
-        ),
-    ),
-    asks=(
-        Claim(
-            "generated plans are as good as real ones",
-            ("full | text",),
-            ("full | oracle",),
-            limit=-5,
-        ),
-        *(
-            Claim(
-                f"the plan tells the {score} as well alone as with the text",
-                ("full | oracle, no text",),
-                ("full | oracle",),
-                score,
-                limit=-5,
+    },
+    asks={
+        "generated plans are as good as real ones": "full | text - full | oracle > -5",
+        **{
+            f"the plan tells the {score} as well alone as with the text": (
+                f"full | oracle, no text | {score} - full | oracle | {score} > -5"
             )
             for score in ("motion", "shape")
-        ),
-    ),
+        },
+    },
 )
 
 BASE = Experiment(
     "base",
     "On a par with the base model at equal training (Table 1).",
-    able="full | text",
+    able="full",
     arms=(
         Arm("full", line="plan"),
         Arm("half", steps="half", line="plan"),
@@ -164,25 +139,20 @@ BASE = Experiment(
             for x in (1.0, 0.5, 2.0)
         ),
     ),
-    claims=tuple(
-        Claim(
-            f"on a par at equal compute with the {way}",
-            ("full | text",),
-            (f"base x 1 | {way}",),
-            limit=-5,
-        )
-        for way in ("base", "base, guidance 3")
-    ),
-    asks=(
-        Claim("better at equal compute", ("full | text",), ("base x 1 | base",)),
-        Claim("better than a base of twice the compute", ("full | text",), ("base x 2 | base",)),
-    ),
+    claims={
+        "on a par at equal compute": "full - base x 1 | base > -5",
+        "on a par with the base at guidance 3": "full - base x 1 | base, guidance 3 > -5",
+    },
+    asks={
+        "better at equal compute": "full - base x 1 | base > 0",
+        "better than a base of twice the compute": "full - base x 2 | base > 0",
+    },
 )
 
 START = Experiment(
     "start",
     "Both stages are fine-tuned from a pre-trained model (Sec. 3.2, 3.3).",
-    able="scratch, full | text",
+    able="scratch, full",
     arms=(
         *(
             Arm(f"{start}, {steps}", (f"start={start}",), steps, compute=1.0, line=start)
@@ -192,58 +162,42 @@ START = Experiment(
         Arm("scratch, full", ("start=scratch",), compute=1.0, line="scratch"),
         Arm("the base", ways=("base",), compute=1.0, line="the base"),
     ),
-    claims=(
-        Claim(
-            "better from the base, quarter of the steps",
-            ("base, quarter | text",),
-            ("scratch, quarter | text",),
+    claims={
+        "better from the base, quarter of the steps": "base, quarter - scratch, quarter > 0",
+    },
+    asks={
+        "better from the base, half of the steps": "base, half - scratch, half > 0",
+        "the start gains more, at half of the steps, than the plan gains over the base": (
+            "base, half - scratch, half - scratch, full + the base | base > 0"
         ),
-    ),
-    asks=(
-        Claim(
-            "better from the base, half of the steps",
-            ("base, half | text",),
-            ("scratch, half | text",),
-        ),
-        Claim(
-            "the start gains more, at half of the steps, than the plan gains over the base",
-            ("base, half | text", "the base | base"),
-            ("scratch, half | text", "scratch, full | text"),
-        ),
-    ),
+    },
 )
 
 SPACE = Experiment(
     "space",
     "A semantic space converges faster than a compressed VAE space (Fig. 9).",
-    able="semantic, full | text",
+    able="semantic, full",
     arms=tuple(
         Arm(f"{space}, {steps}", (), steps, (PLAN, ORACLE), parts, line=space)
         for steps in ("half", "quarter", "full")
         for space, parts in (("semantic", None), ("VAE", latents_as_plan))
     ),
-    claims=tuple(
-        Claim(
-            f"semantic is better, {steps} of the steps",
-            (f"semantic, {steps} | text",),
-            (f"VAE, {steps} | text",),
-        )
+    claims={
+        f"semantic is better, {steps} of the steps": f"semantic, {steps} - VAE, {steps} > 0"
         for steps in ("half", "quarter")
-    ),
-    asks=(
-        Claim("semantic is better, all steps", ("semantic, full | text",), ("VAE, full | text",)),
-        Claim(
-            "real clips' plans are painted better, half of the steps",
-            ("semantic, half | oracle",),
-            ("VAE, half | oracle",),
+    },
+    asks={
+        "semantic is better, all steps": "semantic, full - VAE, full > 0",
+        "real clips' plans are painted better, half of the steps": (
+            "semantic, half | oracle - VAE, half | oracle > 0"
         ),
-    ),
+    },
 )
 
 DIMS = Experiment(
     "dims",
     "8 channels are no worse than 64, and both are better than 2048 (Table 3, Fig. 8).",
-    able="8 | text",
+    able="8",
     arms=(
         *(
             Arm(name, (), "half", (PLAN, ORACLE), partial(channels, count=count, kind=kind))
@@ -257,73 +211,59 @@ DIMS = Experiment(
             for name, count, kind in (("64", 64, "mlp"), ("none", None, "none"), ("2", 2, "mlp"))
         ),
     ),
-    claims=(
-        Claim("8 no worse than 64", ("8 | text",), ("64 | text",), limit=-5),
-        Claim("8 better than no compression", ("8 | text",), ("none | text",)),
-        Claim("64 better than no compression", ("64 | text",), ("none | text",)),
-    ),
-    asks=(
-        Claim("a shift helps without compression", ("none, shifted | text",), ("none | text",)),
-        Claim("a shift helps at 64", ("64, shifted | text",), ("64 | text",)),
-        Claim(
-            "8 better than no compression with a shift", ("8 | text",), ("none, shifted | text",)
-        ),
-        Claim("PCA to 8 as good as the MLP", ("8 by PCA | text",), ("8 | text",), limit=-5),
-        Claim("8 better than 2", ("8 | text",), ("2 | text",)),
-    ),
+    claims={
+        "8 no worse than 64": "8 - 64 > -5",
+        "8 better than no compression": "8 - none > 0",
+        "64 better than no compression": "64 - none > 0",
+    },
+    asks={
+        "a shift helps without compression": "none, shifted - none > 0",
+        "a shift helps at 64": "64, shifted - 64 > 0",
+        "8 better than no compression with a shift": "8 - none, shifted > 0",
+        "PCA to 8 as good as the MLP": "8 by PCA - 8 > -5",
+        "8 better than 2": "8 - 2 > 0",
+    },
 )
 
 NOISE = Experiment(
     "noise",
     "Noise on z_sem closes the gap between training and inference (Sec. 3.2).",
-    able="tau 0.2 | text",
+    able="tau 0.2",
     arms=tuple(
         Arm(f"tau {tau:g}", (f"compressor.noise={tau}",), "half", (PLAN, ORACLE))
         for tau in (0.2, 0.0, 1.0, 0.5)
     ),
-    claims=(
-        Claim(
-            "with noise, generated plans lose less against real ones",
-            ("tau 0 | oracle", "tau 0.2 | text"),
-            ("tau 0 | text", "tau 0.2 | oracle"),
+    claims={
+        "with noise, generated plans lose less against real ones": (
+            "tau 0 | oracle - tau 0 | text - tau 0.2 | oracle + tau 0.2 | text > 0"
         ),
-    ),
-    asks=tuple(
-        Claim(f"tau {tau:g} better than none", (f"tau {tau:g} | text",), ("tau 0 | text",))
-        for tau in (0.2, 0.5, 1.0)
-    ),
+    },
+    asks={f"tau {tau} better than none": f"tau {tau} - tau 0 > 0" for tau in ("0.2", "0.5", "1")},
 )
 
 KL = Experiment(
     "kl",
     "A Gaussian-like space is easier to sample (Sec. 3.2).",
-    able="KL 3e-05 | text",
+    able="KL 3e-05",
     arms=tuple(
         Arm(f"KL {weight:g}", (f"compressor.kl_weight={weight}",), "half", (PLAN, ORACLE))
         for weight in (3e-5, 0.0, 1e-3, 3e-4)
     ),
-    claims=(
-        Claim(
-            "with a KL, generated plans lose less against real ones",
-            ("KL 0 | oracle", "KL 3e-05 | text"),
-            ("KL 0 | text", "KL 3e-05 | oracle"),
+    claims={
+        "with a KL, generated plans lose less against real ones": (
+            "KL 0 | oracle - KL 0 | text - KL 3e-05 | oracle + KL 3e-05 | text > 0"
         ),
-    ),
-    asks=(
-        Claim("videos from text are better with a KL", ("KL 3e-05 | text",), ("KL 0 | text",)),
-        Claim(
-            "a KL 33 times as strong kills the plan",
-            ("KL 3e-05 | oracle",),
-            ("KL 0.001 | oracle",),
-            limit=50,
-        ),
-    ),
+    },
+    asks={
+        "videos from text are better with a KL": "KL 3e-05 - KL 0 > 0",
+        "a KL 33 times as strong kills the plan": "KL 3e-05 | oracle - KL 0.001 | oracle > 50",
+    },
 )
 
 ENCODERS = Experiment(
     "encoders",
     "Left as future work (App. C): which training of the semantic encoder matters.",
-    able="captions | text",
+    able="captions",
     arms=tuple(
         Arm(name, settings, steps, (PLAN, ORACLE, ALONE), parts)
         for name, settings, steps, parts in (
@@ -333,23 +273,15 @@ ENCODERS = Experiment(
             ("VAE", (), "half", latents_as_plan),
         )
     ),
-    claims=(Claim("captions better than random", ("captions | text",), ("random | text",)),),
-    asks=(
-        Claim(
-            "hidden pixels as good as captions",
-            ("hidden pixels | text",),
-            ("captions | text",),
-            limit=-5,
+    claims={"captions better than random": "captions - random > 0"},
+    asks={
+        "hidden pixels as good as captions": "hidden pixels - captions > -5",
+        "VAE features as good as captions": "VAE - captions > -5",
+        "random as good as captions": "random - captions > -5",
+        "plans of hidden pixels tell shapes better, without text": (
+            "hidden pixels | oracle, no text | shape - captions | oracle, no text | shape > 0"
         ),
-        Claim("VAE features as good as captions", ("VAE | text",), ("captions | text",), limit=-5),
-        Claim("random as good as captions", ("random | text",), ("captions | text",), limit=-5),
-        Claim(
-            "plans of hidden pixels tell shapes better, without text",
-            ("hidden pixels | oracle, no text",),
-            ("captions | oracle, no text",),
-            "shape",
-        ),
-    ),
+    },
 )
 
 REFERENCE = Experiment(
@@ -358,23 +290,26 @@ REFERENCE = Experiment(
     "less (Fig. 4).",
     able="8 | oracle, no text | layout",
     arms=tuple(
-        Arm(str(count), (), "half", ("vae", ALONE), partial(channels, count=count))
+        Arm(
+            str(count),
+            (),
+            "half",
+            ("vae", ALONE, "shuffled, no text"),  # the last one: what is alike by chance
+            partial(channels, count=count),
+        )
         for count in (8, 64, 2)
     ),
-    claims=(
-        Claim(
-            "layout kept better than texture",
-            ("8 | oracle, no text | layout",),
-            ("8 | oracle, no text | texture",),
+    claims={
+        "of what the VAE keeps, layout is kept better than texture": (
+            "8 | oracle, no text | layout - 8 | vae | layout"
+            " - 8 | oracle, no text | texture + 8 | vae | texture > 0"
         ),
-        Claim(
-            "motion kept better than colour",
-            ("8 | oracle, no text | motion",),
-            ("8 | oracle, no text | colour",),
+        "motion is kept better than colour": (
+            "8 | oracle, no text | motion - 8 | oracle, no text | colour > 0"
         ),
-        Claim("8 keep less than 64", ("64 | oracle, no text",), ("8 | oracle, no text",)),
-        Claim("2 keep less than 8", ("8 | oracle, no text",), ("2 | oracle, no text",)),
-    ),
+        "8 keep less than 64": "64 | oracle, no text - 8 | oracle, no text > 0",
+        "2 keep less than 8": "8 | oracle, no text - 2 | oracle, no text > 0",
+    },
     shows=("exact", "number", "layout", "motion", "shape", "colour", "texture"),
 )
 
@@ -382,27 +317,15 @@ COST = Experiment(
     "cost",
     "Windows keep the cost linear, and plan tokens are few, about one for 16 (Sec. 3.4).",
     arms=(Arm("painter", ways=("full", "windows", "tokens")),),
-    claims=(
-        Claim(
-            "windows grow less per doubling than full attention",
-            ("painter | full",),
-            ("painter | windows",),
-            "growth",
+    claims={
+        "windows grow less per doubling than full attention": (
+            "painter | full | growth - painter | windows | growth > 0"
         ),
-        Claim(
-            "windows grow at most 2.2 times per doubling",
-            (),
-            ("painter | windows",),
-            "growth",
-            limit=-2.2,
+        "windows grow at most 2.2 times per doubling": "painter | windows | growth < 2.2",
+        "at least 15 latent tokens per plan token at the paper's sizes": (
+            "painter | tokens | per plan token > 15"
         ),
-        Claim(
-            "at least 15 latent tokens per plan token at the paper's sizes",
-            ("painter | tokens",),
-            score="per plan token",
-            limit=15,
-        ),
-    ),
+    },
     shows=("growth", "per plan token"),
 )
 
@@ -419,25 +342,17 @@ LIGHTNING = Experiment(
         )
         for rate in (2.0, 8.0, 4.0)
     ),
-    claims=(
-        Claim(
-            "a flash survives more often at 8 fps than at 2",
-            ("8 fps | oracle, no text",),
-            ("2 fps | oracle, no text",),
-            "flash",
+    claims={
+        "a flash survives more often at 8 fps than at 2": (
+            "8 fps | oracle, no text | flash - 2 fps | oracle, no text | flash > 0"
         ),
-    ),
-    asks=(
-        Claim(
-            "at 8 fps four of five survive", ("8 fps | oracle, no text",), score="flash", limit=80
+    },
+    asks={
+        "at 8 fps four of five survive": "8 fps | oracle, no text | flash > 80",
+        "at 4 fps more than at 2": (
+            "4 fps | oracle, no text | flash - 2 fps | oracle, no text | flash > 0"
         ),
-        Claim(
-            "at 4 fps more than at 2",
-            ("4 fps | oracle, no text",),
-            ("2 fps | oracle, no text",),
-            "flash",
-        ),
-    ),
+    },
     shows=("flash", "calm", "number", "motion"),
 )
 
@@ -452,26 +367,24 @@ LONG = Experiment(
         Arm(FULL, ("latent.window=none",), "long", ("base",)),
         Arm(LONGER, steps="longer", ways=("base",)),
     ),
-    claims=(
-        Claim("colours and shapes drift less", (f"{SWIN} | base",), ("plan | text",), "drift"),
-        Claim(
-            "shapes are right throughout more often", ("plan | text",), (f"{SWIN} | base",), "shape"
+    claims={
+        "colours and shapes drift less": f"{SWIN} | base | drift - plan | text | drift > 0",
+        "shapes are right throughout more often": (
+            f"plan | text | shape - {SWIN} | base | shape > 0"
         ),
-        Claim("more events happen as told", ("plan | text",), (f"{SWIN} | base",), "event"),
-    ),
-    asks=tuple(
-        Claim(
-            f"more events happen as told than by the {arm}",
-            ("plan | text",),
-            (f"{arm} | base",),
-            "event",
+        "more events happen as told": f"plan | text | event - {SWIN} | base | event > 0",
+    },
+    asks={
+        f"more events happen as told than by the {arm}": (
+            f"plan | text | event - {arm} | base | event > 0"
         )
         for arm in (FULL, LONGER)
-    ),
+    },
     preset="tiny_long",
     shows=("exact", "number", "colour", "shape", "story", "event", "drift"),
 )
 
 EXPERIMENTS = (  # in the order of `all`
-    *(PLANS, BASE, DIMS, NOISE, KL, SPACE, ENCODERS, REFERENCE, COST, LIGHTNING, LONG, START),
+    *(PLANS, BASE, DIMS, NOISE, KL, SPACE, ENCODERS, REFERENCE, COST, LIGHTNING, LONG),
+    *([START] if hasattr(Config, "start") else []),  # as soon as stages can start from a base
 )

@@ -1,27 +1,30 @@
 """What the results of experiments say: a rule for each claim, and a page for those who look.
 
 Results are those that experiments.py keeps: for each arm and seed every score of every prompt.
-`conclude` writes all numbers that are shown to conclusion.json; `report` shows them.
+`conclude` returns all numbers that are shown, `keep` writes them; `report` shows them.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from claims import ABLE, EXPERIMENTS, Claim, Experiment
+from claims import ABLE, EXPERIMENTS, Experiment
 from plumbing.files import UserError, read_json, write_file
-from plumbing.page import page, plot
+from plumbing.page import body, inline, page, plot
 from stages import RECIPE
 
 RULE = (
-    "A claim is supported where the 95 % interval of its difference lies above its limit (0 where "
-    "none is named), not supported where it lies below, else undecided. An experiment is supported "
-    "if all its claims are, not supported if one is not, and undecided where the whole method "
-    f"itself gets less than {ABLE:g} % right. Intervals are bootstraps over prompts and seeds."
+    "A claim is supported where the 95 % interval of its difference lies on the side of the limit "
+    "that its rule names, not supported where it lies on the other, else undecided. An experiment "
+    "is supported if all its claims are, not supported if one is not, and undecided where the "
+    f"whole method itself gets less than {ABLE:g} % right. Intervals are bootstraps over prompts "
+    "and seeds."
 )
 RESAMPLES = 10_000  # of the bootstrap
+TITLE = "The paper's claims in miniature"
 
 Results = dict[str, dict[int, dict]]  # arm -> seed -> result
 
@@ -37,10 +40,8 @@ def read_results(out: Path, experiment: Experiment) -> Results:
     for arm in experiment.arms:
         start = f"{slug(arm.name)}."
         for file in sorted((out / experiment.name).glob(f"{start}*.json")):
-            if file.stem.removeprefix(start).isdigit():
-                results.setdefault(arm.name, {})[int(file.stem.removeprefix(start))] = read_json(
-                    file
-                )
+            if (seed := file.stem.removeprefix(start)).isdigit():
+                results.setdefault(arm.name, {})[int(seed)] = read_json(file)
     return results
 
 
@@ -50,23 +51,16 @@ def read_results(out: Path, experiment: Experiment) -> Results:
 def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
     """Return the mean of values (seeds, prompts) and its 95 % interval.
 
-    Seeds and prompts are drawn anew with replacement, apart: the same prompts serve all seeds.
+    Seeds and prompts are drawn anew with replacement, apart: the same prompts serve all seeds. Of n
+    one less is drawn, so that the spread of so few seeds is not taken too small.
     """
-    rng, (seeds, prompts) = np.random.default_rng(0), values.shape
-    of_seeds, of_prompts = (
-        rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in (seeds, prompts)
-    )
-    means = (of_seeds @ values * of_prompts).sum(1)  # (RESAMPLES,)
+    rng = np.random.default_rng(0)
+    draws = [
+        rng.multinomial(max(1, n - 1), np.full(n, 1 / n), RESAMPLES) / max(1, n - 1)
+        for n in values.shape
+    ]
+    means = (draws[0] @ values * draws[1]).sum(1)  # (RESAMPLES,)
     return float(values.mean()), *(float(x) for x in np.percentile(means, [2.5, 97.5]))
-
-
-def scores_of(results: Results, arm: str, way: str, score: str) -> dict[int, np.ndarray]:
-    """Return {seed: the score of each prompt}; NaN where it does not apply to a prompt's clip."""
-    return {
-        seed: np.array(found["scores"][way][score], float)
-        for seed, found in results.get(arm, {}).items()
-        if score in found["scores"].get(way, {})
-    }
 
 
 def interval(values: np.ndarray) -> dict[str, float]:
@@ -75,25 +69,36 @@ def interval(values: np.ndarray) -> dict[str, float]:
     return dict(zip(("mean", "low", "high"), (round(x, 2) for x in found), strict=True))
 
 
-def side_of(results: Results, side: str, score: str = "exact") -> dict[int, np.ndarray]:
-    """Return the scores of a claim's side, "arm | way" or "arm | way | score" (`scores_of`)."""
-    arm, way, *own = side.split(" | ")
-    return scores_of(results, arm, way, *(own or [score]))
+def terms_of(rule: str) -> tuple[list[tuple[int, str]], str, float]:
+    """Return a rule's sides with their signs, its comparison and its limit (claims.py)."""
+    left, comparison, limit = re.fullmatch(r"(.+) ([<>]) (\S+)", rule).groups()
+    first, *others = re.split(r" ([+-]) ", left)
+    signed = zip(others[::2], others[1::2], strict=True)
+    return [(1, first), *((1 if s == "+" else -1, x) for s, x in signed)], comparison, float(limit)
 
 
-def judge(claim: Claim, results: Results) -> dict:
+def scores_of(results: Results, side: str) -> dict[int, np.ndarray]:
+    """Return {seed: the score of each prompt} of a rule's side; NaN where a clip has none."""
+    arm, way, score = [*side.split(" | "), *("text", "exact")[side.count(" | ") :]]
+    return {
+        seed: np.array(found["scores"][way][score], float)
+        for seed, found in results.get(arm, {}).items()
+        if score in found["scores"].get(way, {})
+    }
+
+
+def judge(says: str, rule: str, results: Results) -> dict:
     """Return a claim's difference with its interval and the verdict, by the rule; or "not run"."""
-    terms = []
-    for sign, sides in ((1, claim.more), (-1, claim.less)):
-        terms += [(sign, side_of(results, side, claim.score)) for side in sides]
+    sides, comparison, limit = terms_of(rule)
+    terms = [(sign, scores_of(results, side)) for sign, side in sides]
     seeds = sorted(set.intersection(*(set(found) for _, found in terms)))
-    said = {"says": claim.says, "limit": claim.limit, "seeds": len(seeds)}
+    said = {"says": says, "rule": rule, "seeds": len(seeds)}
     if not seeds:
         return {**said, "verdict": "not run"}
     found = interval(sum(sign * np.stack([x[seed] for seed in seeds]) for sign, x in terms))
-    below = "not supported" if found["high"] < claim.limit else "undecided"
-    verdict = "supported" if found["low"] > claim.limit else below
-    return {**said, **found, "verdict": verdict}
+    order = ["not supported", "supported"][:: 1 if comparison == ">" else -1]
+    sure = order[0] if found["high"] < limit else "undecided"
+    return {**said, **found, "verdict": order[1] if found["low"] > limit else sure}
 
 
 def verdict_of(claims: Sequence[dict], able: dict) -> str:
@@ -112,7 +117,7 @@ def rows_of(experiment: Experiment, results: Results) -> Iterator[dict]:
             continue
         scores = {}
         for name in experiment.shows:
-            if each := scores_of(results, arm.name, way, name):
+            if each := scores_of(results, f"{arm.name} | {way} | {name}"):
                 values = np.stack([each[seed] for seed in sorted(each)])
                 seeds = [round(float(x), 2) for x in np.nanmean(values, 1)]
                 scores[name] = {**interval(values), "seeds": seeds}
@@ -124,12 +129,12 @@ def rows_of(experiment: Experiment, results: Results) -> Iterator[dict]:
         yield {**row, "facts": means, "scores": scores}
 
 
-def concluded(experiment: Experiment, results: Results) -> dict:
+def conclude(experiment: Experiment, results: Results) -> dict:
     """Return the verdict on an experiment, and all numbers that are shown of it."""
     every = [found for seeds in results.values() for found in seeds.values()]
-    claims = [judge(claim, results) for claim in experiment.claims]
+    claims = [judge(*claim, results) for claim in experiment.claims.items()]
     able = {}
-    if experiment.able and (whole := side_of(results, experiment.able)):
+    if experiment.able and (whole := scores_of(results, experiment.able)):
         able = {"side": experiment.able, "mean": round(float(np.nanmean([*whole.values()])), 2)}
     return {
         "experiment": experiment.name,
@@ -137,8 +142,8 @@ def concluded(experiment: Experiment, results: Results) -> dict:
         "verdict": verdict_of(claims, able),
         "able": able,
         "claims": claims,
-        "asks": [judge(claim, results) for claim in experiment.asks],
-        "seeds": max(len(found) for found in results.values()),
+        "asks": [judge(*claim, results) for claim in experiment.asks.items()],
+        "seeds": [min(map(len, results.values())), max(map(len, results.values()))],
         "prompts": every[0]["prompts"],
         "preset": every[0]["preset"],
         "captions": next((x["captions"] for x in every if "captions" in x), []),
@@ -148,14 +153,10 @@ def concluded(experiment: Experiment, results: Results) -> dict:
     }
 
 
-def conclude(experiment: Experiment, out: Path) -> dict | None:
-    """Write conclusion.json from an experiment's results and return it; None without any."""
-    results = read_results(out, experiment)
-    if not results:
-        return None
-    content = concluded(experiment, results)
-    write_file(out / experiment.name / "conclusion.json", json.dumps(content, indent=1).encode())
-    return content
+def keep(out: Path, conclusion: dict):
+    """Write conclusion.json."""
+    file = out / conclusion["experiment"] / "conclusion.json"
+    write_file(file, json.dumps(conclusion, indent=1).encode())
 
 
 # --- in words -----------------------------------------------------------------------------------
@@ -165,19 +166,15 @@ def told(claim: dict) -> str:
     """Return a judged claim in words."""
     if claim["verdict"] == "not run":
         return f"not run: {claim['says']}"
-    limit = f", limit {claim['limit']:g}" if claim["limit"] else ""
-    return (
-        f"{claim['verdict']}: {claim['says']} ({claim['mean']:+.1f}, "
-        f"{claim['low']:.1f} to {claim['high']:.1f}{limit})"
-    )
+    found = "{mean:+.1f}, {low:.1f} to {high:.1f}".format(**claim)
+    return f"{claim['verdict']}: {claim['says']} ({found}; {claim['rule']})"
 
 
-def line_of(conclusion: dict) -> str:
+def line_of(c: dict) -> str:
     """Return an experiment's line of conclusion."""
-    able = conclusion["able"]
-    unable = able and able["mean"] < ABLE
-    why = f" ({able['side']} is right in only {able['mean']:.1f} %)" if unable else ""
-    return f"{conclusion['verdict']}{why}. " + "; ".join(map(told, conclusion["claims"]))
+    unable = c["able"] and c["able"]["mean"] < ABLE
+    why = f" ({c['able']['side']} is right in only {c['able']['mean']:.1f} %)" if unable else ""
+    return f"{c['verdict']}{why}. " + "; ".join(map(told, c["claims"]))
 
 
 def table_of(c: dict, shows: Sequence[str]) -> list[list[str]]:
@@ -186,66 +183,47 @@ def table_of(c: dict, shows: Sequence[str]) -> list[list[str]]:
     table = [["", *shows, "TFLOP", *facts]]
     for row in c["rows"]:
         scores = [row["scores"].get(name) for name in shows]
-        cells = [
-            f"{x['mean']:.1f} ({x['low']:.1f} to {x['high']:.1f})" if x else "" for x in scores
-        ]
+        cells = ["{mean:.1f} ({low:.1f} to {high:.1f})".format(**x) if x else "" for x in scores]
         known = [f"{row['facts'][name]:g}" if name in row["facts"] else "" for name in facts]
         table.append([f"{row['arm']}: {row['way']}", *cells, f"{row['TFLOP']:g}", *known])
     return table
 
 
 def section(experiment: Experiment, c: dict, out: Path) -> dict:
-    """Return what is shown of an experiment: text, a plot and the videos that were kept."""
+    """Return what is shown of an experiment (plumbing/page.py); draw its plot."""
     rows = [{**row, "label": f"{row['arm']}: {row['way']}"} for row in c["rows"]]
     folder, notes = out / experiment.name, out / experiment.name / "notes.md"
     files = {x["label"]: folder / "samples" / f"{slug(x['arm'], x['way'])}.webp" for x in rows}
-    size = f"{c['seeds']} seeds, {c['prompts']} prompts, preset {c['preset']}"
+    write_file(folder / "plot.png", plot(rows, experiment.shows, "TFLOP"))
+    least, most = c["seeds"]
+    seeds = f"{most}" if least == most else f"{least} to {most}"
+    where = f"seeds: {seeds}; prompts: {c['prompts']}; preset {c['preset']}"
     return {
+        **{name: c[name] for name in ("paper", "verdict", "captions")},
         "name": experiment.name,
-        "paper": experiment.paper,
-        "verdict": c["verdict"],
+        "line": line_of(c),
         "claims": [told(claim) for claim in c["claims"]],
         "asks": [told(claim) for claim in c["asks"]],
         "table": table_of(c, experiment.shows),
-        "plot": plot(rows, experiment.shows, "TFLOP"),
-        "captions": c["captions"],
-        "videos": {label: file.read_bytes() for label, file in files.items() if file.exists()},
-        "where": f"{size}; {'; '.join(c['hardware'])}; commit {', '.join(c['commits'])}.",
+        "plot": folder / "plot.png",
+        "videos": {label: file for label, file in files.items() if file.exists()},
+        "where": f"{where}; {'; '.join(c['hardware'])}; commit {', '.join(c['commits'])}.",
         "notes": notes.read_text().strip() if notes.exists() else "",
     }
 
 
-def markdown(sections: Sequence[dict], lines: Sequence[str]) -> str:
-    """Return results/README.md; lines: of conclusion."""
-    text = [
-        "# The paper's claims in miniature",
-        f"`python experiments.py NAME` runs one of them. {RULE}",
-        "[index.html](index.html) shows the videos, too.",
-        "| name | the paper says | ours |\n|---|---|---|",
-    ]
-    for s, line in zip(sections, lines, strict=True):
-        text[-1] += f"\n| [{s['name']}](#{s['name']}) | {s['paper']} | {line} |"
-    for s in sections:
-        text += [f"## {s['name']}", s["paper"], f"**{s['verdict']}**"]
-        text.append("\n".join(f"- {claim}" for claim in s["claims"]))
-        if s["asks"]:
-            text += ["Beside it:", "\n".join(f"- {claim}" for claim in s["asks"])]
-        head, *rows = ("| " + " | ".join(row) + " |" for row in s["table"])
-        text.append("\n".join([head, "|---" * len(s["table"][0]) + "|", *rows]))
-        text += [f"![scores of {s['name']}]({s['name']}/plot.png)", s["where"], s["notes"]]
-    return "\n\n".join(filter(None, text)) + "\n"
-
-
 def report(out: Path):
-    """Write README.md, index.html and a plot for each experiment, from the results in a folder."""
-    sections, lines = [], []
+    """Write a plot for each experiment, README.md and index.html, from the results in a folder."""
+    sections = []
     for experiment in EXPERIMENTS:
-        if content := conclude(experiment, out):
-            sections.append(section(experiment, content, out))
-            lines.append(line_of(content))
-            write_file(out / experiment.name / "plot.png", sections[-1]["plot"])
+        if results := read_results(out, experiment):
+            conclusion = conclude(experiment, results)
+            keep(out, conclusion)
+            sections.append(section(experiment, conclusion, out))
     if not sections:
         raise UserError(f"{out} has no results: python experiments.py plan --out {out}")
-    write_file(out / "README.md", markdown(sections, lines).encode())
-    write_file(out / "index.html", page("The paper's claims in miniature", RULE, sections).encode())
+    intro = f"python experiments.py NAME runs one of them. {RULE}"
+    readme = body(TITLE, intro, sections, lambda file: file.relative_to(out).as_posix())
+    write_file(out / "README.md", readme.encode())
+    write_file(out / "index.html", page(TITLE, body(TITLE, intro, sections, inline)).encode())
     print(f"{out / 'README.md'}\n{out / 'index.html'}")

@@ -29,10 +29,10 @@ from pathlib import Path
 import torch
 
 from claims import EXPERIMENTS, STEPS, Arm, Experiment
-from conclusions import conclude, line_of, report, slug
+from conclusions import conclude, keep, line_of, read_results, report, slug
 from config import PRESETS, paper, preset, shapes
 from data import to_float
-from evaluate import Evaluation
+from evaluate import PLANS, Evaluation
 from plumbing.cache import Memory, hash_of
 from plumbing.device import count_flops, default_device, faster_dtype
 from plumbing.fields import differences, flat_fields
@@ -45,7 +45,7 @@ from sample import through_vae
 from semantic import Compressor, gaussian_kl
 from settings import Config, from_fields, override
 from stages import NEEDS, RECIPE, USES, learner, some_captions
-from toy.scores import drift, flash_of, likeness, of_each
+from toy.scores import drifts, flash_scores, likeness, of_each
 from toy.world import World
 from train import train
 
@@ -108,16 +108,16 @@ def recipe_flops(config: Config) -> int:
 def configured(arm: Arm, name: str, settings: Sequence[str]) -> Config:
     """Return an arm's configuration: the preset's, with its parts, its fields and its steps.
 
-    settings: fields that the user sets, for all arms.
+    settings: fields that the user sets, for all arms: the preset that arms are relative to.
     """
-    usual = preset(name)
+    usual = override(preset(name), settings)
     config = override(usual, arm.settings, **(arm.parts(usual) if arm.parts else {}))
     steps = {s: share * getattr(usual.stages, s).steps for s, share in STEPS[arm.steps].items()}
     if arm.compute:
         one = stage_flops(config, "base") / config.stages.base.steps
         steps["base"] = arm.compute * recipe_flops(usual) / one
     fewer = [f"stages.{stage}.steps={max(1, round(n))}" for stage, n in steps.items()]
-    return override(config, [*fewer, *settings])
+    return override(config, fewer)
 
 
 def needs(config: Config, stage: str) -> tuple[str, ...]:
@@ -198,27 +198,17 @@ def way_of(test: Evaluation, name: str) -> Callable:
 def seen(test: Evaluation, videos: torch.Tensor, way: str) -> dict[str, list[float | None]]:
     """Return every score of each video; None where a score does not apply to its clip."""
     scores = of_each(videos, test.scenes, test.world.config.events, test.long)
-    if way.startswith(("vae", "oracle")):
-        pairs = zip(videos, test.real, strict=True)
-        alike = [likeness(video, real) for video, real in pairs]
+    if way.startswith(("vae", *PLANS)):  # made from a clip; shuffled ones: from another
+        alike = [likeness(*both) for both in zip(videos, test.real, strict=True)]
         scores |= {name: [x[name] for x in alike] for name in alike[0]}
     if test.world.config.flashes:
-        true, found = [test.world.flash(i) for i in test.indices], [flash_of(v) for v in videos]
-        both = list(zip(true, found, strict=True))
-        near = [x is not None and y is not None and abs(x - y) <= 1 for x, y in both]
-        pairs = zip(near, true, strict=True)
-        scores["flash"] = [100.0 * n if x is not None else None for n, x in pairs]
-        scores["calm"] = [100.0 * (y is None) if x is None else None for x, y in both]
-    if test.long:
-        pairs = zip(videos, test.scenes, strict=True)
-        each = [drift(video[None], [scene], unseen) for video, scene in pairs]
-        scores["drift"] = [(x["colour"] + x["shape"]) / 2 for x in each]
+        true = map(test.world.flash, test.indices)
+        found = [flash_scores(*both) for both in zip(videos, true, strict=True)]
+        scores |= {name: [x[name] for x in found] for name in found[0]}
+    if test.long:  # consistency is not asked for
+        found = drifts(videos, test.scenes, lambda clips: torch.zeros(len(clips)))
+        scores["drift"] = ((found["colour"] + found["shape"]) / 2).tolist()
     return scores
-
-
-def unseen(clips: torch.Tensor) -> torch.Tensor:
-    """Stand for the consistency of clips, of which nothing is asked here."""
-    return torch.zeros(len(clips))
 
 
 def plan_facts(test: Evaluation) -> dict[str, float]:
@@ -310,9 +300,9 @@ class Job:
         self.experiment, self.arm, self.seed, self.options = experiment, arm, seed, options
         self.file = options.out / experiment.name / f"{slug(arm.name)}.{seed}.json"
         self.preset = options.preset or experiment.preset
-        config = configured(arm, self.preset, options.settings)
-        same = config.dtype != "auto"
-        self.config = config if same else replace(config, dtype=dtype_of(options.runs))
+        self.config = configured(arm, self.preset, options.settings)
+        if self.config.dtype == "auto":
+            self.config = replace(self.config, dtype=dtype_of(options.runs))
 
     @property
     def done(self) -> bool:
@@ -433,8 +423,12 @@ def main():
     if what != ["list"]:
         run_all(chosen, options)
     for experiment in chosen:
-        conclusion = conclude(experiment, options.out)
-        found = line_of(conclusion) if conclusion else "not run yet"
+        found = "not run yet"
+        if results := read_results(options.out, experiment):
+            conclusion = conclude(experiment, results)
+            found = line_of(conclusion)
+            if what != ["list"]:
+                keep(options.out, conclusion)
         print(f"{experiment.name:<10} {experiment.paper}\n{'':<10} {found}")
 
 

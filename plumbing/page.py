@@ -3,7 +3,8 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from einops import rearrange
@@ -94,54 +95,64 @@ def draw_curves(panel, rows: Sequence[dict], name: str, cost: str):
     panel.legend()
 
 
-def inline(content: bytes, kind: str) -> str:
-    """Return an image as a data address."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def inline(file: Path) -> str:
+    """Return an image as an address that holds it."""
+    return f"data:image/{file.suffix[1:]};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
 def marked(said: str) -> str:
-    """Return an item of a list that begins with a verdict, marked by it."""
-    return f'<li class="{said.split()[0].strip(":")}">{html.escape(said)}'
+    """Return text that begins with a verdict, coloured by it."""
+    return f'<span class="{said.split()[0].strip(".:")}">{html.escape(said)}</span>'
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Return rows of cells, ready-made HTML, as a table."""
-    return "\n".join(["<table>", *("<tr><td>" + "<td>".join(row) for row in rows), "</table>"])
+    lines = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
+    return "\n".join(["<table>", *lines, "</table>"])
 
 
-def shown(section: dict) -> str:
-    """Return a section of the page (`page`)."""
-    name, escape = section["name"], html.escape
-    parts = [f'<h2 id="{name}">{name}</h2><p>{escape(section["paper"])}</p>']
-    parts += ["<ul>", *map(marked, section["claims"]), "</ul>"]
+def listed(items: Sequence[str], kind: str = "ul") -> str:
+    """Return items, ready-made HTML, as a list."""
+    return f"<{kind}>" + "\n".join(f"<li>{item}</li>" for item in items) + f"</{kind}>"
+
+
+def shown(section: dict, address: Callable[[Path], str]) -> str:
+    """Return a section (`body`)."""
+    escape, image = html.escape, '<img class="{}" src="{}" alt="{}">'
+    name, videos = section["name"], section["videos"].items()
+    parts = [f'<h2 id="{name}">{name}</h2>', f"<p>{escape(section['paper'])}</p>"]
+    parts.append(listed(map(marked, section["claims"])))
     if section["asks"]:
-        parts += ["<p>Beside it:</p><ul>", *map(marked, section["asks"]), "</ul>"]
+        parts += ["<p>Beside it:</p>", listed(map(marked, section["asks"]))]
     parts += [f"<p>{escape(section['notes'])}</p>"] if section["notes"] else []
     parts.append(table([[escape(cell) for cell in row] for row in section["table"]]))
-    parts.append(f'<img src="{inline(section["plot"], "png")}" alt="scores of {name}">')
-    if section["videos"]:
-        told = "".join(f"<li>{escape(caption)}" for caption in section["captions"])
-        parts.append(f"<p>Videos, from left to right:</p><ol>{told}</ol>")
-        address = {label: inline(video, "webp") for label, video in section["videos"].items()}
-        picture = '<img class="videos" src="{}" alt="">'
-        parts.append(table([[escape(k), picture.format(v)] for k, v in address.items()]))
+    parts.append(image.format("plot", address(section["plot"]), f"scores of {name}"))
+    if videos:
+        parts.append("<p>Videos, from left to right:</p>")
+        parts.append(listed(map(escape, section["captions"]), "ol"))
+        rows = [[escape(k), image.format("videos", address(v), "videos")] for k, v in videos]
+        parts.append(table(rows))
     return "\n".join([*parts, f"<p><small>{escape(section['where'])}</small></p>"])
 
 
-def page(title: str, intro: str, sections: Sequence[dict]) -> str:
-    """Return one HTML page that needs no other file.
+def body(
+    title: str, intro: str, sections: Sequence[dict], address: Callable[[Path], str] = inline
+) -> str:
+    """Return sections as HTML, which is Markdown, too.
 
-    sections: name, paper, verdict, claims and asks (text that begins with a verdict), table, plot
-    (PNG), videos {label: WebP} under their captions, where it was run, and notes.
+    sections: name, paper, verdict, line, claims and asks (text that begins with a verdict), table,
+    plot and videos {label: file} under their captions, where it was run, and notes. address: of an
+    image in the page.
     """
     rows = [["experiment", "the paper says", "ours"]]
     for section in sections:
         link = f'<a href="#{section["name"]}">{section["name"]}</a>'
-        kind, paper = section["verdict"].split()[0], html.escape(section["paper"])
-        rows.append([link, paper, f'<span class="{kind}">{section["verdict"]}</span>'])
-    parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
-        f"<style>{STYLE}</style><h1>{title}</h1><p>{html.escape(intro)}</p>",
-        *(table(rows), *map(shown, sections)),
-    ]
-    return "\n".join([*parts, "</html>", ""])
+        rows.append([link, html.escape(section["paper"]), marked(section["line"])])
+    parts = [f"<h1>{title}</h1>", f"<p>{html.escape(intro)}</p>", table(rows)]
+    return "\n".join([*parts, *(shown(section, address) for section in sections), ""])
+
+
+def page(title: str, content: str) -> str:
+    """Return a `body` as a page of its own."""
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{content}</body></html>\n'

@@ -153,17 +153,25 @@ def end_scores(
     return seen | views(videos, consistency)
 
 
-def drift(
+def drifts(
     videos: Tensor, scenes: Sequence[Sequence[Thing]], consistency: Callable
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Return FramePack's drift: by how much a score of the last 15 % differs from the first's.
 
-    Of every score of DRIFT, absolute for each clip, then the mean over clips (B, 3, F, H, W) uint8.
+    Of every score of DRIFT, absolute, for each of the clips (B, 3, F, H, W) uint8, (B,).
     """
     frames = max(3, round(ENDS * videos.shape[2]))
     start = end_scores(videos[:, :, :frames], scenes, consistency)
     end = end_scores(videos[:, :, -frames:], scenes, consistency)
-    return {name: float((start[name] - end[name]).abs().mean()) for name in DRIFT}
+    return {name: (start[name] - end[name]).abs() for name in DRIFT}
+
+
+def drift(
+    videos: Tensor, scenes: Sequence[Sequence[Thing]], consistency: Callable
+) -> dict[str, float]:
+    """Return the mean over clips of their `drifts`."""
+    each = drifts(videos, scenes, consistency)
+    return {name: float(values.mean()) for name, values in each.items()}
 
 
 def of_each(
@@ -175,7 +183,10 @@ def of_each(
     """
     found: dict[str, list[float]] = {}
     for video, scene in zip(videos, scenes, strict=True):
-        right = long_agreement(video, scene, events) if long else agreement(read(video), scene)
+        if long:
+            right = long_agreement(video, scene, events)
+        else:
+            right = agreement(read(video, events), scene)
         for name in right.keys() - {"one", "two"}:  # which are `exact`, of some
             found.setdefault(name, []).append(100 * sum(right[name]) / len(right[name]))
     return dict(sorted(found.items()))
@@ -203,6 +214,17 @@ def flash_of(video: Tensor) -> int | None:
     bright = video.float().mean((0, 2, 3))  # (F,)
     above = bright - bright.median()
     return int(above.argmax()) if above.max() > FLASHED else None
+
+
+def flash_scores(video: Tensor, true: int | None) -> dict[str, float | None]:
+    """Return whether a flash is there within a frame of the true one, and none without, in percent.
+
+    None where it does not apply: flash to a clip without one, calm to one with.
+    """
+    found = flash_of(video)
+    if true is None:
+        return {"flash": None, "calm": 100.0 * (found is None)}
+    return {"flash": 100.0 * (found is not None and abs(found - true) <= 1), "calm": None}
 
 
 def score(

@@ -198,10 +198,8 @@ class World:
         """Return the frame in which clip `index` flashes, if it does."""
         if not self.config.flashes:
             return None
-        frames, rng = (
-            self.config.frames,
-            np.random.default_rng([SPLITS.index(self.split), index, 1]),
-        )
+        frames = self.config.frames
+        rng = np.random.default_rng([SPLITS.index(self.split), index, 1])
         frame = int(rng.integers(2 * frames))  # of numbers of its own: the rest stays as it is
         return frame if frame < frames else None
 

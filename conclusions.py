@@ -166,8 +166,7 @@ def told(claim: dict) -> str:
     """Return a judged claim in words."""
     if claim["verdict"] == "not run":
         return f"not run: {claim['says']}"
-    found = "{mean:+.1f}, {low:.1f} to {high:.1f}".format(**claim)
-    return f"{claim['verdict']}: {claim['says']} ({found}; {claim['rule']})"
+    return "{verdict}: {says} ({mean:+.1f}, {low:.1f} to {high:.1f})".format(**claim)
 
 
 def line_of(c: dict) -> str:
@@ -202,8 +201,7 @@ def section(experiment: Experiment, c: dict, out: Path) -> dict:
         **{name: c[name] for name in ("paper", "verdict", "captions")},
         "name": experiment.name,
         "line": line_of(c),
-        "claims": [told(claim) for claim in c["claims"]],
-        "asks": [told(claim) for claim in c["asks"]],
+        **{kind: [f"{told(x)}; {x['rule']}" for x in c[kind]] for kind in ("claims", "asks")},
         "table": table_of(c, experiment.shows),
         "plot": folder / "plot.png",
         "videos": {label: file for label, file in files.items() if file.exists()},

@@ -208,12 +208,18 @@ def seen(test: Evaluation, videos: torch.Tensor, way: str) -> dict[str, list[flo
     if test.long:  # consistency is not asked for
         found = drifts(videos, test.scenes, lambda clips: torch.zeros(len(clips)))
         scores["drift"] = ((found["colour"] + found["shape"]) / 2).tolist()
-    return scores
+    rounded = lambda x: x if x is None else round(x, 2)  # noqa: E731
+    return {name: list(map(rounded, values)) for name, values in scores.items()}
 
 
 def plan_facts(test: Evaluation) -> dict[str, float]:
-    """Return how many channels of z_sem are in use, and its KL in nats per token."""
+    """Return how many channels of z_sem are in use, and its KL in nats per token.
+
+    Nothing where the compressor is fixed: then z_sem has no variance.
+    """
     run = test.run
+    if run.config.compressor.kind != "mlp":
+        return {}
     with torch.no_grad():
         features = run.encoder.encode(to_float(test.low_rate).to(run.device))
         kl = gaussian_kl(*run.compressor.posterior(features)).transpose(0, 1).flatten(1).mean(1)
@@ -268,19 +274,9 @@ class Options:
     runs: Path
 
 
-def compact(content: dict) -> bytes:
-    """Return JSON with a line for each entry, and whole numbers short."""
-
-    def short(x):
-        if isinstance(x, dict):
-            return {key: short(value) for key, value in x.items()}
-        if isinstance(x, list | tuple):
-            return [short(value) for value in x]
-        if isinstance(x, float):
-            return int(x) if x == int(x) else float(f"{x:.6g}")
-        return x
-
-    lines = [f'"{key}": {json.dumps(short(value))}' for key, value in content.items()]
+def lines_of(content: dict) -> bytes:
+    """Return JSON with a line for each entry."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
@@ -336,7 +332,7 @@ def run_job(job: Job):
             run = trained(folder, job.config, stages_of(job.config, arm), seed, runs)
             content |= scored(run, arm, job.options.prompts, seed, job.file)
         content |= {"hardware": hardware(), "versions": versions()}
-        write_file(job.file, compact({**content, "config": flat_fields(job.config)}))
+        write_file(job.file, lines_of({**content, "config": flat_fields(job.config)}))
 
 
 def scored(run: Run, arm: Arm, prompts: int, seed: int, file: Path) -> dict:

@@ -18,7 +18,7 @@ body { font: 15px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 
 table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .2em .7em; text-align: left }
 td, th { border-bottom: 1px solid #ddd; font-weight: normal; vertical-align: middle }
 .supported { color: #17692f } .not { color: #a4161a } .undecided { color: #8a6d00 }
-.videos { image-rendering: pixelated; height: 96px } figcaption, small { color: #666 }
+img[height] { image-rendering: pixelated } small { color: #666 }
 img { max-width: 100% }
 """
 
@@ -118,7 +118,7 @@ def listed(items: Sequence[str], kind: str = "ul") -> str:
 
 def shown(section: dict, address: Callable[[Path], str]) -> str:
     """Return a section (`body`)."""
-    escape, image = html.escape, '<img class="{}" src="{}" alt="{}">'
+    escape, image = html.escape, '<img src="{}" alt="{}"{}>'
     name, videos = section["name"], section["videos"].items()
     parts = [f'<h2 id="{name}">{name}</h2>', f"<p>{escape(section['paper'])}</p>"]
     parts.append(listed(map(marked, section["claims"])))
@@ -126,11 +126,11 @@ def shown(section: dict, address: Callable[[Path], str]) -> str:
         parts += ["<p>Beside it:</p>", listed(map(marked, section["asks"]))]
     parts += [f"<p>{escape(section['notes'])}</p>"] if section["notes"] else []
     parts.append(table([[escape(cell) for cell in row] for row in section["table"]]))
-    parts.append(image.format("plot", address(section["plot"]), f"scores of {name}"))
+    parts.append(image.format(address(section["plot"]), f"scores of {name}", ""))
     if videos:
         parts.append("<p>Videos, from left to right:</p>")
         parts.append(listed(map(escape, section["captions"]), "ol"))
-        rows = [[escape(k), image.format("videos", address(v), "videos")] for k, v in videos]
+        rows = [[escape(k), image.format(address(v), "videos", ' height="96"')] for k, v in videos]
         parts.append(table(rows))
     return "\n".join([*parts, f"<p><small>{escape(section['where'])}</small></p>"])
 

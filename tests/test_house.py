@@ -27,7 +27,8 @@ PARTS = dict.fromkeys(("flow", "swin", "semantic", "vae", "text", "data"), ()) |
     "model": ("swin",)
 }
 FOR_TOY = ("data", "semantic", "vae", "text")  # what a clip is, and the protocols
-LAST = ("evaluate", "experiments")  # only experiments may import these
+CLAIMS = ("experiments", "claims", "conclusions")
+LAST = ("evaluate", *CLAIMS)  # only experiments may import these
 
 LINES = {  # of a file: a fifth more is the most
     **{"flow": 110, "swin": 175, "model": 330, "semantic": 300, "vae": 160, "text": 110},
@@ -84,7 +85,7 @@ def lines(module: str) -> int:
 def may_import(module: str, other: str) -> bool:
     room, others = module.partition(".")[0], other.partition(".")[0]
     if others in LAST:
-        return room == "experiments"
+        return room in CLAIMS
     if room == "plumbing":
         return others == "plumbing"
     if room == "toy":

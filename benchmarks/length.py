@@ -1,20 +1,20 @@
 """Cost against length: the painter's forward pass and training step, full attention and windows.
 
     python benchmarks/length.py                       # a table and benchmarks/length.png
-    python benchmarks/length.py --tokens 4096 8192 --repeat 1
-    python benchmarks/length.py --only "windows forward" --repeat 9 --out other.png
+    python benchmarks/length.py --tokens 4096 8192 --rounds 1
+    python benchmarks/length.py --only "windows forward" --rounds 9 --out other.png
 
 SemanticGen Sec. 3.4: with shifted windows over time the cost grows linearly with length. The
-painter of the tiny preset (latents and plan in one sequence) is run on ever longer clips, in one
-process for each measurement, so that its peak memory is its own: the growth of resident memory on a
-CPU, what the allocator has handed out on a GPU. Times are medians; compare those of one run alone.
+painter of the tiny preset (latents and plan in one sequence) is run on ever longer clips. Lengths
+are taken in turn, round by round, so that a moment in which the machine is slow does not decide;
+times are medians of the rounds. Peak memory is that of one pass in a process of its own: the growth
+of resident memory on a CPU, what the allocator has handed out on a GPU.
 
 Then sampling's last step, from latents to a file that is written as they are decoded: its memory
 does not depend on the length. Last, the arithmetic for the paper's minute: 60 s, 480p, 24 fps.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -29,6 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
+from benchmarks.timing import in_turn, write_json
 from config import clip_frames, paper, shapes, tiny, tiny_long
 from data import to_uint8
 from flow import flow_loss
@@ -60,15 +61,15 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def measure(kind: str, work: str, tokens: int, repeat: int, device: torch.device, connection):
-    """In a process of its own: send (seconds, bytes, tokens) of one pass over about `tokens`."""
+def prepare(kind: str, work: str, tokens: int, device: torch.device) -> tuple[Callable, int]:
+    """Return a pass over a clip of about so many tokens, and how many they are."""
     config = tiny().latent
     config = replace(config, window=WINDOW if kind == "windows" else None)
     per_second = 16 * config.rate + 16 * config.context_rate  # tokens: 4 x 4 in each frame
     seconds = round(tokens / per_second / WINDOW) * WINDOW  # whole windows
     torch.manual_seed(0)
-    dit = DiT(config).to(device)
-    z = torch.randn(1, config.channels, int(seconds * config.rate), 8, 8, device=device)
+    dit, side = DiT(config).to(device), 4 * config.patch
+    z = torch.randn(1, config.channels, int(seconds * config.rate), side, side, device=device)
     plan = torch.randn(
         1, config.context_channels, int(seconds * config.context_rate), 4, 4, device=device
     )
@@ -82,16 +83,22 @@ def measure(kind: str, work: str, tokens: int, repeat: int, device: torch.device
         flow_loss(dit(z, t, text, plan), z, torch.zeros_like(z)).mean().backward()
         dit.zero_grad(set_to_none=True)
 
-    step, times = {"forward": forward, "training": training}[work], []
-    before = peak_memory(device)
-    for _ in range(repeat + 1):  # the first one warms up
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
     count = 16 * (z.shape[2] + plan.shape[2])
-    connection.send((statistics.median(times[1:]), peak_memory(device) - before, count))
+    return {"forward": forward, "training": training}[work], count
+
+
+def clock(kind: str, work: str, lengths: list[int], rounds: int, device, connection):
+    """In a process of its own: send {tokens: seconds of each round} of passes taken in turn."""
+    passes = (prepare(kind, work, tokens, device) for tokens in lengths)
+    connection.send(in_turn({tokens: one_pass for one_pass, tokens in passes}, rounds, device))
+
+
+def weigh(kind: str, work: str, tokens: int, device: torch.device, connection):
+    """In a process of its own: send the most bytes that one pass takes."""
+    one_pass, _ = prepare(kind, work, tokens, device)
+    before = peak_memory(device)
+    one_pass()
+    connection.send(peak_memory(device) - before)
 
 
 def decode(seconds: float, connection):
@@ -130,20 +137,21 @@ def in_a_process(function: Callable, *arguments) -> tuple:
 
 
 def measured(
-    names: list[str], tokens: list[int], repeat: int, device: torch.device
+    names: list[str], tokens: list[int], rounds: int, device: torch.device
 ) -> dict[str, list]:
     """Return {"full forward": [(tokens, seconds, bytes), ...], ...} for the names given."""
     found = {}
     for name in names:
         kind, work = name.split()
+        lengths = [count for count in tokens if count <= MOST[name]]
+        times = in_a_process(clock, kind, work, lengths, rounds, device)
         rows = found[name] = []
-        for count in tokens:
-            if count > MOST[name]:
-                continue
-            seconds, memory, exact = in_a_process(measure, kind, work, count, repeat, device)
-            rows.append((exact, seconds, memory))
+        for exact, seconds in times.items():
+            memory = in_a_process(weigh, kind, work, exact, device)
+            rows.append((exact, statistics.median(seconds), memory))
             print(
-                f"{kind:>7} {work:<8} {exact:7d} tokens: {seconds:8.3f} s, {memory / 1e6:8.0f} MB"
+                f"{kind:>7} {work:<8} {exact:7d} tokens: {rows[-1][1]:8.3f} s, "
+                f"{memory / 1e6:8.0f} MB"
             )
     return found
 
@@ -225,16 +233,16 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**k for k in range(12, 18)])
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7, help="after one that warms up")
     parser.add_argument(
         "--only", nargs="+", choices=MOST, default=list(MOST), metavar="WHAT", help=", ".join(MOST)
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("length.png"))
     parser.add_argument("--json", type=Path, help="write the measurements there as well")
     args = parser.parse_args()
-    if min(args.tokens) < 1024 or args.repeat < 1:
-        raise UserError("--tokens: at least 1024 each; --repeat: at least 1")
-    found = measured(args.only, sorted(args.tokens), args.repeat, default_device())
+    if min(args.tokens) < 1024 or args.rounds < 1:
+        raise UserError("--tokens: at least 1024 each; --rounds: at least 1")
+    found = measured(args.only, sorted(args.tokens), args.rounds, default_device())
     print("\n" + table(found))
     print("\n| decoded and written, .mp4 | seconds | MB |\n|---|---|---|")
     decoded = {f"{length} s": in_a_process(decode, length) for length in DECODED}
@@ -243,7 +251,7 @@ def main():
     print("\n" + minute())
     plot(found, args.out)
     if args.json:
-        write_file(args.json, json.dumps(found | {"decoded": decoded}, indent=1).encode())
+        write_json(args.json, found | {"decoded": decoded})
 
 
 if __name__ == "__main__":

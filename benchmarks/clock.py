@@ -66,19 +66,22 @@ class Clock:
                 self.beside[label] += time.perf_counter() - start
 
     def watch(self, owner: object, name: str, label: str):
-        """Count every call of a module's function or a class's method, each step of a generator.
+        """Put a module's function or a class's method on the clock, whoever calls it.
 
         AttributeError if there is none of that name.
         """
-        function: Callable = getattr(owner, name)
+        setattr(owner, name, self.watched(getattr(owner, name), label))
+
+    def watched(self, function: Callable, label: str) -> Callable:
+        """Return a function whose calls, and the steps of whose generators, are counted."""
 
         @functools.wraps(function)
-        def watched(*args, **kwargs):
+        def counted(*args, **kwargs):
             with self.on(label):
                 result = function(*args, **kwargs)
             return self.each(result, label) if inspect.isgenerator(result) else result
 
-        setattr(owner, name, watched)
+        return counted
 
     def each(self, items: Iterator, label: str) -> Iterator:
         """Yield the items of a generator; count the time that it takes to make them."""

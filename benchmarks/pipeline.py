@@ -24,6 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import encode
 import train
@@ -63,9 +67,8 @@ def watch_training(clock: Clock):
     clock.watch(train, "update_ema", "EMA")
     clock.watch(Reporter, "after_step", "logging")
     clock.watch(Progress, "save", "saving states")
-    hooks = torch.optim.optimizer  # of every optimizer, whosever it is
-    hooks.register_optimizer_step_pre_hook(lambda *_: clock.begin("optimizers"))
-    hooks.register_optimizer_step_post_hook(lambda *_: clock.end())
+    register_optimizer_step_pre_hook(lambda *_: clock.begin("optimizers"))  # whosever they are
+    register_optimizer_step_post_hook(lambda *_: clock.end())
 
 
 def watch_encoding(clock: Clock):
@@ -149,7 +152,7 @@ def python(*words: str | Path) -> str:
     return ended.stdout
 
 
-def sampled(rounds: int, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+def sampled(rounds: int, warm: int, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """Return where the time of sample.py goes, and the seconds of whole commands, medians.
 
     The shipped weights; from the shell to the finished file.
@@ -168,9 +171,8 @@ def sampled(rounds: int, folder: Path) -> tuple[dict[str, float], dict[str, floa
         "python sample.py": lambda: python("sample.py", *words),
         "on the clock": on_clock,
     }
-    times = in_turn(works, rounds, torch.device("cpu"))
-    names = dict.fromkeys(name for found in parts[1:] for name in found)
-    inside = {name: statistics.median(x.get(name, 0.0) for x in parts[1:]) for name in names}
+    times = in_turn(works, rounds, torch.device("cpu"), warm)
+    inside = {name: statistics.median(x[name] for x in parts[warm:]) for name in parts[-1]}
     return inside, {name: statistics.median(x) for name, x in times.items()}
 
 
@@ -220,9 +222,11 @@ def main():
     print(told(words))
     settings = [f"stages.{stage}.steps={WARM + args.steps}" for stage in RECIPE]
     settings += [f"stages.{stage}.clips={args.clips}" for stage in RECIPE]
+    if args.toy:
+        settings += ["sample.steps=1", *(f"stages.{stage}.batch=4" for stage in RECIPE)]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        inside, commands = sampled(args.rounds, folder)
+        inside, commands = sampled(args.rounds, 0 if args.toy else 1, folder)
         run = Run.create(folder / "run", override(preset(args.preset), settings))
         watch_training(clock)
         steps = steps_of_stages(run, args.steps, clock)

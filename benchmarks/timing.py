@@ -35,17 +35,17 @@ def seconds_of(work: Callable, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(works: dict, rounds: int, device: torch.device) -> dict:
+def in_turn(works: dict, rounds: int, device: torch.device, warm: int = 1) -> dict:
     """Return {name: seconds in each round} of works that are done in turn, once a round.
 
-    So a moment in which the machine is slow meets all of them alike. A first round warms up and is
-    not counted.
+    So a moment in which the machine is slow meets all of them alike. The first `warm` rounds warm
+    up and are not counted.
     """
     times = {name: [] for name in works}
-    for _ in range(rounds + 1):
+    for _ in range(warm + rounds):
         for name, work in works.items():
             times[name].append(seconds_of(work, device))
-    return {name: found[1:] for name, found in times.items()}
+    return {name: found[warm:] for name, found in times.items()}
 
 
 def matmul_peak(device: torch.device, dtype: str, rounds: int = 5, sizes: Sequence[int] = ()):

@@ -7,7 +7,8 @@ The program's own functions are put on a clock (clock.py) while it does what it 
 loop of train.py over 200 steps after the first 10 (so with one saved state and ten lines of
 metrics), the clips that are encoded before the painter learns, a folder of videos that becomes a
 cache, and `sample.py` from the shell to the finished file. That command is compared with
-`python -c "import torch"`, in turn: nothing that uses torch can be faster.
+`python -c "import torch"`, in turn: nothing that uses torch can be faster. Torch's own profiler
+tells the painter's operators by kind; it slows small ones down.
 """
 
 import argparse
@@ -32,10 +33,10 @@ from torch.optim.optimizer import (
 import encode
 import train
 from benchmarks.clock import Clock
-from benchmarks.timing import in_turn, machine, markdown, told, write_json
+from benchmarks.timing import in_turn, machine, markdown, seconds_of, told, write_json
 from config import PRESETS, preset
 from encode import clips_in_memory, encode_folder
-from plumbing.device import default_device
+from plumbing.device import computing, default_device, moved
 from plumbing.files import UserError, check_target, command
 from plumbing.metrics import Reporter
 from plumbing.processes import Team
@@ -52,6 +53,12 @@ from toy.world import World
 ROOT = Path(__file__).parents[1]
 WARM = 10  # steps of a stage before the clock starts
 BESIDE = "drawing the next batch"
+OTHERS = "other operators: norms, activations, rotations"
+KINDS = {  # of operators -> their names in torch
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm", "mkldnn_linear"),
+    "softmax": ("softmax", "softmax_backward_data"),
+    "copies and casts": ("copy", "cat", "clone", "to_copy", "index_select", "index_copy"),
+}
 PROMPT = "a red circle moves left and a blue square grows"
 
 
@@ -142,6 +149,34 @@ def precomputed(run: Run, videos: int, folder: Path, clock: Clock) -> dict[str, 
     return on_the_clock(clock, lambda: encode_folder(run, folder / "videos", cache), videos)
 
 
+def operators(run: Run, steps: int) -> dict[str, float]:
+    """Return where the time of the painter's forward and backward goes, by kind of operator."""
+    source = clips_in_memory(run, World(run.config.data, "train")).first(64)
+    team, config = Team(), run.config.stages.latent
+    progress = train.begin(run, "latent", source, {}, 0, None, team)
+    inputs = progress.modules.draw(source, progress.rows(range(config.batch), 0))
+    inputs = moved(inputs, run.device)
+
+    def step():
+        with computing(run.device, run.config.dtype):
+            loss, _ = progress.wrapped(**inputs)
+        loss.backward()
+        progress.modules.zero_grad()
+
+    for _ in range(WARM):
+        step()
+    with torch.profiler.profile() as profiler:
+        whole = sum(seconds_of(step, run.device) for _ in range(steps))
+    found: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        name = event.key.removeprefix("aten::").removesuffix("_backward")
+        kind = next((k for k, names in KINDS.items() if name.strip("_") in names), OTHERS)
+        device = event.self_device_time_total if run.device.type == "cuda" else 0
+        found[kind] += (device or event.self_cpu_time_total) / 1e6 / steps
+    found["between operators"] = max(0.0, whole / steps - found.total())
+    return dict(found)
+
+
 def python(*words: str | Path) -> str:
     """Run Python in a process of its own; return what it prints. UserError if it fails."""
     ended = subprocess.run(
@@ -186,7 +221,7 @@ def shares(found: dict[str, dict[str, float]], unit: str) -> str:
     """
     names = dict.fromkeys(name for column in found.values() for name in column)
     beside = [name for name in names if name.startswith("(")]
-    names = [*(x for x in names if x not in ("rest", *beside)), "rest", *beside]
+    names = sorted(names, key=lambda name: (name in beside, name == "rest"))
     whole = {c: sum(s for n, s in x.items() if n not in beside) for c, x in found.items()}
     rows = [{"": unit, **{column: 1000 * seconds for column, seconds in whole.items()}}]
     for name in names:
@@ -230,16 +265,24 @@ def main():
         run = Run.create(folder / "run", override(preset(args.preset), settings))
         watch_training(clock)
         steps = steps_of_stages(run, args.steps, clock)
+        kinds = operators(run, 2 if args.toy else 10)
         watch_encoding(clock)
         clips = {
             "a clip of the world": encoded(run, args.clips, clock),
             "a video of a folder": precomputed(run, max(8, args.clips // 8), folder, clock),
         }
     print(f"\n{args.preset}, {run.config.dtype}\n\n{shares(steps, 'a step, ms')}")
+    print(f"\n{shares({'latent, forward and backward': kinds}, 'ms')}")
     print(f"\n{shares(clips, 'ms')}\n\n{shares({'sample.py': inside}, 'whole, ms')}\n")
     bare, ours = (commands[name] for name in ('python -c "import torch"', "python sample.py"))
     print(f'python -c "import torch": {bare:.2f} s; python sample.py: {ours - bare:.2f} s more')
-    found = {"steps": steps, "clips": clips, "sample": inside, "commands": commands}
+    found = {
+        "steps": steps,
+        "operators": kinds,
+        "clips": clips,
+        "sample": inside,
+        "commands": commands,
+    }
     write_json(args.out, {**words, "preset": args.preset, "dtype": run.config.dtype, **found})
 
 

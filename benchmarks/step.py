@@ -275,6 +275,7 @@ def judged(rows: list[dict], peaks: dict[str, float]) -> list[dict]:
             name += "" if optimizer == "AdamW" else ", own optimizer"
             share = speed / peaks[row["dtype"]]
             found.append({**row, "network": name, "step": step, "flop_s": speed, "share": share})
+            found[-1]["training_share"] = share * step / row["seconds"]["training"]
     return found
 
 
@@ -293,15 +294,17 @@ def table(case: Case, rows: list[dict]) -> str:
                 "tokens/s": row["tokens"] / step,
                 "GFLOP/s": row["flop_s"] / 1e9,
                 "of the peak, %": 100 * row["share"],
+                "without optimizer, %": 100 * row["training_share"],
             }
         )
     text = markdown(lines) + "\n"
     for kind in ("", ", compiled"):
-        speeds = {name: row["flop_s"] for name in NETWORKS for row in rows
-                  if row["network"] == name + kind}  # fmt: skip
-        if speeds:
-            mine, (best, name) = speeds.pop("ours"), max((x, name) for name, x in speeds.items())
-            text += f"\nours{kind}: {mine / best:.2f} times the FLOP/s of {name}{kind}"
+        speeds = {row["network"]: row["flop_s"] for row in rows}
+        peers = [name + kind for name in NETWORKS if name != "ours" and name + kind in speeds]
+        if peers:
+            best = max(peers, key=speeds.get)
+            text += f"\nours{kind}: {speeds[f'ours{kind}'] / speeds[best]:.2f} times the FLOP/s of "
+            text += best
     return text + "\n"
 
 

@@ -151,6 +151,9 @@ def test_the_parts_of_steps_and_of_encoding(tmp_path, monkeypatch):
     parts |= {"waiting for the next batch", f"({pipeline.BESIDE})"}
     for stage in RECIPE:
         assert all(found[stage][name] > 0 for name in parts), (stage, found[stage])
+    kinds = pipeline.operators(run, 1)
+    assert kinds.keys() == {*pipeline.KINDS, pipeline.OTHERS, "between operators"}
+    assert all(kinds[name] > 0 for name in (*pipeline.KINDS, pipeline.OTHERS))
     pipeline.watch_encoding(clock)
     clips = pipeline.encoded(run, 64, clock), pipeline.precomputed(run, 8, tmp_path, clock)
     for clip in clips:

@@ -128,13 +128,13 @@ def step(device: torch.device, toy: bool) -> Rows:
             ]
             config = sizes(toy, paper(), *settings)
             name = f"{depth} blocks, {'with' if recompute == 'true' else 'no'} recomputation"
+            gc.collect()  # the last one's
+            torch.cuda.empty_cache()
             try:
                 yield from one_size(Run(Path("none"), config, device), name, best)
                 break
             except torch.OutOfMemoryError:
                 yield row(f"painter, {name}", "out of memory")
-            gc.collect()
-            torch.cuda.empty_cache()
 
 
 def one_size(run: Run, name: str, best: float) -> Rows:
@@ -323,21 +323,22 @@ def within(limit: float, name: str, toy: bool) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         words = [sys.executable, __file__, "--inside", name, "--out", str(out)]
-        errors = open(Path(folder) / "errors", "w+")  # noqa: SIM115
-        process = subprocess.Popen(
-            words + ["--toy"] * toy, stdout=errors, stderr=errors, start_new_session=True
-        )
-        end = []
-        try:
-            if process.wait(limit):
-                errors.seek(0)
-                end = [row(name, f"failed: {errors.read().strip().splitlines()[-1][:200]}")]
-        except subprocess.TimeoutExpired:
-            end = [row(name, f"stopped after {limit:g} s")]
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it has started, if anything is left
-        process.wait()
-        errors.close()
+        with open(Path(folder) / "said", "w+") as said:
+            process = subprocess.Popen(
+                words + ["--toy"] * toy, stdout=said, stderr=said, start_new_session=True
+            )
+            end = []
+            try:
+                if code := process.wait(limit):
+                    said.seek(0)
+                    reason = (said.read().strip() or f"exit code {code}").splitlines()[-1]
+                    end = [row(name, f"failed: {reason[:200]}")]
+            except subprocess.TimeoutExpired:
+                end = [row(name, f"stopped after {limit:g} s")]
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+                process.wait()
         return [*(json.loads(out.read_text()) if out.exists() else []), *end]
 
 

@@ -78,7 +78,8 @@ def from_nothing(tree: Path, preset: str, seed: int, toy: bool) -> dict[str, obj
             tree, folder, "sample.py", *VIDEOS, "--run", run, "--out", folder / "x.webp"
         )
         count = ["--prompts", 4 if toy else prompts, "--plans", "oracle", "--json", scores]
-        call(tree, folder, "evaluate.py", "--run", run, *count, *["--long"][: preset != "tiny"])
+        long = ["--long"] if preset == "tiny_long" else []
+        call(tree, folder, "evaluate.py", "--run", run, *count, *long)
         rows = json.loads(scores.read_text())["scores"]
         stages = stage_seconds(run)
     exact = {name: row["exact"] for name, row in rows.items()}
@@ -90,7 +91,7 @@ def from_nothing(tree: Path, preset: str, seed: int, toy: bool) -> dict[str, obj
         "never shown": exact["never-shown combinations"],
         "oracle plan, no text": exact["oracle plan, no text"],
     }
-    if preset == "tiny_long":
+    if long:
         found["story"] = next(r["story"] for name, r in rows.items() if "text -> plan" in name)
     return found
 
@@ -148,7 +149,8 @@ def arguments() -> argparse.Namespace:
 
 def main():
     args, device = arguments(), default_device()
-    peaks = {x: matmul_peak(device, x) for x in ("float32", "bfloat16")}
+    sizes = (256,) if args.toy else ()
+    peaks = {x: matmul_peak(device, x, sizes=sizes) for x in ("float32", "bfloat16")}
     where = {**machine(device), "peaks": peaks}
     with contextlib.ExitStack() as stack:
         trees = {where["commit"]: ROOT}

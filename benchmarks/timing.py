@@ -17,7 +17,7 @@ import torch
 from plumbing.files import write_file
 from plumbing.folder import versions
 
-SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}  # of the matrices of the peak
+SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # of the matrices of the peak
 
 
 def wait(device: torch.device):

@@ -203,7 +203,7 @@ def test_a_record_is_made_of_seconds_and_scores():
     assert found["exact"] == "99.0, 97.5, 99.0" and found["seeds"] == "0, 1, 2"
 
 
-@pytest.mark.parametrize("part", gpu.PARTS)
+@pytest.mark.parametrize("part", ["peak", "step", "windows", "sample"])  # the others take longer
 def test_each_part_of_the_gpu_at_toy_size(part):
     rows = list(gpu.PARTS[part](CPU, True))
     assert rows and all(row["value"] or row["unit"] == "%" for row in rows), rows

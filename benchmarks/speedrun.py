@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 PRESETS = {"tiny": ("--tiny", 512), "tiny_long": ("--tiny-long", 128)}  # flag, prompts
 TOY = [
     *("--steps", "2", "--set", "stages.latent.clips=64", "stages.semantic.clips=64"),
-    *("data.frames=8", "vae.width=8", "sample.steps=2"),
+    *("vae.width=8", "sample.steps=2"),
 ]
 VIDEOS = (
     "a red circle moves left",

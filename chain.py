@@ -8,8 +8,9 @@ Where the chain does not hold, one line says which stage is out of date, and wha
 import shlex
 from collections.abc import Callable, Sequence
 
+from parts import describe, flag
 from plumbing.files import UserError
-from stages import NEEDS, ORDER
+from stages import ORDER
 
 
 def again(run, stage: str) -> str:
@@ -35,6 +36,19 @@ def check_chain(run, stage: str, made_of: dict[str, str] | None = None):
             )
 
 
+def check_weights(run, part: str):
+    """Raise UserError if a part's released weights are not those that a run was made with."""
+    config = run.released_parts[part]
+    if not config.weights:
+        raise UserError(f"{run.path} names no weights: give {flag(part)} PATH_OR_ID")
+    try:
+        found = describe(part, config.weights)
+    except UserError as error:
+        raise UserError(f"{error}; {flag(part)} says where the run's are now") from None
+    if found.digest != config.digest:
+        raise UserError(f"{config.weights} has other weights than {run.path} was made with")
+
+
 def check_order(run, stages: Sequence[str], say: Callable[[str], None]):
     """Raise UserError, before anything is trained, if a stage could not go on after an earlier one.
 
@@ -44,7 +58,7 @@ def check_order(run, stages: Sequence[str], say: Callable[[str], None]):
     for stage in stages:
         if run.finished(stage) and run.steps_of(stage) >= getattr(run.config.stages, stage).steps:
             continue
-        late = [s for s in ORDER if stage in NEEDS[s]]
+        late = [s for s in ORDER if stage in run.needs(s)]
         late = [s for s in late if run.has(s) or run.state_file(s).exists()]
         names = " and ".join(late)
         if late and set(late) & set(stages):

@@ -19,6 +19,7 @@ from toy.encoder import TinyEncoderConfig
 from toy.text import HashTextConfig
 from toy.vae import TinyVAEConfig
 from vae import WanVAEConfig
+from wan import WanConfig, WanDiTConfig
 
 LONGEST = 3600  # seconds of a video that is sampled
 
@@ -148,11 +149,52 @@ def paper() -> Config:
     )
 
 
+def wan() -> Config:
+    """Fine-tuning from Wan2.1-T2V-1.3B's transformer, 480p and 16 fps, 5 seconds (Sec. 3).
+
+    Semantic encoder, VAE and text encoder are those of `paper`. Our choice: LoRA, and most texts
+    dropped at first, so that the painter learns to listen to a plan that it has never seen.
+    """
+    config = paper()
+    usual = replace(
+        config.stages.latent, steps=5000, accumulate=8, checkpoint=True, warmup=100, ema=0.999
+    )
+    return override(
+        config,
+        preset="wan",
+        data=replace(config.data, frames=81, fps=16.0),
+        latent=WanDiTConfig(channels=16, rate=4.0, text_dim=4096),
+        semantic=WanDiTConfig(channels=8, rate=0.8, text_dim=4096, patch=1, of_plans=True),
+        stages=replace(
+            config.stages,
+            latent=replace(usual, text_dropout_start=0.9),
+            semantic=replace(usual, shift=1.0),
+            base=usual,
+        ),
+        sample=replace(config.sample, latent_guidance=5.0, base_guidance=5.0),
+    )
+
+
+def wan_tiny() -> Config:
+    """The same in miniature, on VAE, encoder and text of `tiny`.
+
+    Stage `base` makes what is started from: without --dit it learns from nothing.
+    """
+    config = tiny()
+    sizes = WanConfig(channels=8, text_dim=64, heads=5, head_width=32, depth=4, ffn=640, waves=64)
+    dit = WanDiTConfig(channels=8, rate=2.0, text_dim=64, train="all", rank=16, wan=sizes)
+    latent = replace(config.stages.latent, text_dropout_start=0.9, text_dropout_steps=300)
+    stages = replace(config.stages, latent=latent)
+    return override(config, preset="wan_tiny", latent=dit, semantic=dit, stages=stages)
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "tiny": tiny,
     "tiny_long": tiny_long,
     "small": small,
     "paper": paper,
+    "wan": wan,
+    "wan_tiny": wan_tiny,
 }
 
 

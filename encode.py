@@ -9,16 +9,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from data import clips_of, to_float
 from parts import FLAGS
-from plumbing.cache import Cache, Memory, end_cache, refuse_other, start_cache, write_entry
+from plumbing.cache import (
+    NULL_TEXT,
+    Cache,
+    Memory,
+    end_cache,
+    refuse_other,
+    start_cache,
+    write_entry,
+)
 from plumbing.captions import list_videos
 from plumbing.device import computing
 from plumbing.fields import build_field, flat_fields
-from plumbing.files import UserError
+from plumbing.files import UserError, write_file
 from plumbing.processes import Team
 from plumbing.video import READER
 from run import Run
@@ -48,8 +57,22 @@ def clips_in_memory(run: Run, world: World) -> Memory:
         with computes("text"):
             return run.text.encode(world.captions(indices)).cpu()
 
-    encode = {"latents": latents, "features": features, "text": text}
+    null_text = lambda _: run.text.null().cpu()  # noqa: E731
+    encode = {"latents": latents, "features": features, "text": text, "null_text": null_text}
     return Memory(len(world), world.captions, encode)
+
+
+def identity(run: Run) -> dict[str, object]:
+    """Return all that decides how a clip is encoded: fields of data and parts, and digests."""
+    found = {}
+    for name, value in flat_fields(run.config).items():
+        part, field = name.split(".")[0], name.split(".")[-1]
+        if part in PARTS and field not in ("weights", "chunk", "objects"):
+            found[name] = value
+    for stage in ("vae", "encoder"):
+        if not run.released(stage):
+            found[f"{stage}.digest"] = run.note(stage).get("digest", "not trained yet")
+    return found
 
 
 def header_of(run: Run, folder: Path, dtype: str) -> dict:
@@ -58,7 +81,7 @@ def header_of(run: Run, folder: Path, dtype: str) -> dict:
         raise UserError(f"{run.path} has no {untrained[0]} yet: train --stage {untrained[0]} first")
     config = run.config
     return {
-        "key": {**run.identity(), "reader": READER, "stored": dtype},
+        "key": {**identity(run), "reader": READER, "stored": dtype},
         "parts": {k: v for k, v in flat_fields(config).items() if k.split(".")[0] in PARTS},
         "shapes": {
             "latents": (2, config.vae.channels, *config.latent_grid()),
@@ -86,6 +109,9 @@ def encode_folder(
         tokens = run.text.encode([caption])[0]
         tokens = tokens[: int(tokens.any(1).sum())]  # without padding, whose rows are zero
         texts.append(tokens.to("cpu", stored, copy=True))
+    if rank == 0 and not (out / NULL_TEXT).exists():
+        null = run.text.null().to("cpu", stored, copy=True)
+        write_file(out / NULL_TEXT, save({"tokens": null}))
     run.let_go()
     for (name, caption), text in zip(tqdm(todo, "encoding", disable=not todo), texts, strict=True):
         clips = clips_of(folder / name, caption, run.config.data)
@@ -113,7 +139,7 @@ def clips_on_disk(run: Run, folder: Path, out: Path, team: Team) -> Cache:
 def check_cache(cache: Cache, run: Run):
     """Raise UserError that names what differs if a cache was not made by a run's parts."""
     key = cache.header["key"]
-    refuse_other(cache.path, key, {**run.identity(), "reader": READER, "stored": key["stored"]})
+    refuse_other(cache.path, key, {**identity(run), "reader": READER, "stored": key["stored"]})
 
 
 def cache_parts(cache: Cache) -> dict[str, object]:

@@ -16,7 +16,7 @@ frame, latents first.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -75,6 +75,11 @@ class DiTConfig:
             raise ValueError(
                 f"width {self.width} over {self.heads} heads: each needs an even width, at least 6"
             )
+
+    @property
+    def without_plan(self) -> "DiTConfig":
+        """The base's network. Its windows have no plan to tell them when they are: it has time."""
+        return replace(self, context_channels=0, time_features=True)
 
     def layout(self, latents: Sequence[int], context: Sequence[int] | None) -> list[Grid]:
         """Return the grid of latents (T, h, w) and of semantics (S, hs, ws), if there are any.

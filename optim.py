@@ -74,7 +74,8 @@ def build_optimizers(modules: nn.Module, config: StageConfig) -> list[torch.opti
     """
     named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
     use_muon = config.optimizer == "muon"
-    muon = [p for name, p in named if use_muon and ".blocks." in name and p.ndim == 2]
+    inside = [(n, p) for n, p in named if ".blocks." in n and ".lora_" not in n]  # products count
+    muon = [p for _, p in inside if use_muon and p.ndim == 2]
     chosen = {id(p) for p in muon}
     rest = [p for _, p in named if id(p) not in chosen]
     decay = config.weight_decay
@@ -112,7 +113,7 @@ def ema_decay(step: int, config: StageConfig) -> float:
 @torch.no_grad()
 def update_ema(ema: dict[str, Tensor], modules: nn.Module, decay: float):
     """ema <- decay ema + (1 - decay) weights, in place."""
-    parameters = dict(modules.named_parameters())
+    parameters = {name: p for name, p in modules.named_parameters() if p.requires_grad}
     torch._foreach_lerp_(
         [local(ema[name]) for name in parameters],
         [local(p) for p in parameters.values()],

@@ -13,7 +13,7 @@ import torch
 from config import preset
 from data import DataConfig, Folder
 from encode import encode_folder
-from parts import add_part_flags, check_weights_named, parts_from_flags
+from parts import add_part_flags, check_weights_named, parts_from_flags, placed
 from plumbing.cache import Cache
 from plumbing.files import UserError, check_target, command
 from plumbing.sheet import contact_sheet
@@ -41,7 +41,7 @@ def precompute(args: argparse.Namespace):
     """Encode a folder of videos into a cache; under torchrun, each process takes its share."""
     check_target(args.out, folder=True)
     base = Run.open(args.parts).config if args.parts else preset(args.preset)
-    config = override(base, args.settings, **parts_from_flags(args))
+    config = override(base, args.settings, **placed(base, parts_from_flags(args)))
     check_weights_named(config)
     run = Run(args.parts or args.out, config)
     if not args.parts and not (run.released("vae") and run.released("encoder")):

@@ -13,6 +13,7 @@ run keeps their place and digest). Parts that do not belong together are never u
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,21 +22,22 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from chain import again, check_chain
+from chain import again, check_chain, check_weights
 from model import DiT
-from parts import FLAGS, RELEASED, describe, flag, load_released
+from parts import FLAGS, RELEASED, load_released, networks, placed
 from plumbing.device import default_device, faster_dtype
 from plumbing.fields import differences, field_types, flat_fields
 from plumbing.files import UserError, check_target, command, last_line, read_json, sweep, write_file
 from plumbing.folder import read_note, read_state, read_weights, versions, write_weights
 from semantic import Compressor, SemanticEncoder
-from settings import Config, check_values, from_fields
+from settings import Config, Network, check_values, from_fields
 from stages import NEEDS, ORDER, RECIPE
 from text import TextEncoder
 from toy.encoder import LatentEncoder, LatentEncoderConfig, TinyEncoder
 from toy.text import HashText
 from toy.vae import TinyVAE
 from vae import VideoVAE
+from wan import WanDiT, WanDiTConfig, released_files
 
 FORMAT = 1  # of the run folder; raised when older folders can no longer be read
 HELD = {  # the modules that a stage's weights file holds -> the parts of a run that they are
@@ -126,7 +128,7 @@ class Run:
 
     def forget(self, stage: str):
         """Remove a stage's weights and state, and those of the stages trained on it."""
-        for name in [stage, *(s for s in ORDER if stage in NEEDS[s])]:
+        for name in [stage, *(s for s in ORDER if stage in self.needs(s))]:
             self.weights_file(name).unlink(missing_ok=True)
             self.state_file(name).unlink(missing_ok=True)
 
@@ -145,9 +147,19 @@ class Run:
         """Return whether a part ("vae", "encoder", "text") comes ready-made, as released ones."""
         return isinstance(getattr(self.config, part, None), (*RELEASED, LatentEncoderConfig))
 
+    @property
+    def released_parts(self) -> dict[str, object]:
+        """The configurations of all parts with released weights, what the DiTs start from too."""
+        found = {part: getattr(self.config, part) for part in FLAGS if self.released(part)}
+        for dit in networks(self.config).values():
+            found |= {"dit": dit.wan} if dit.wan.weights else {}
+        return found
+
     def needs(self, stage: str) -> list[str]:
         """Return the stages to train before a stage."""
-        return [need for need in NEEDS[stage] if not self.released(need)]
+        needs = [need for need in NEEDS[stage] if not self.released(need)]
+        from_base = self.config.start == "base" and stage in ("latent", "semantic")
+        return [*needs, "base"] if from_base else needs
 
     def has(self, stage: str) -> bool:
         """Return whether a stage's weights are there; UserError if something else is."""
@@ -181,18 +193,6 @@ class Run:
             raise UserError(f"{self.path} has no {stage}.safetensors yet: {again(self, stage)}")
         check_chain(self, stage)
 
-    def identity(self) -> dict[str, object]:
-        """Return all that decides how a clip is encoded: fields of data and parts, and digests."""
-        found = {}
-        for name, value in flat_fields(self.config).items():
-            part, field = name.split(".")[0], name.split(".")[-1]
-            if part in ("data", *FLAGS) and field not in NOT_HOW:
-                found[name] = value
-        for stage in ("vae", "encoder"):
-            if not self.released(stage):
-                found[f"{stage}.digest"] = self.note(stage).get("digest", "not trained yet")
-        return found
-
     # The parts.
 
     @cached_property
@@ -221,59 +221,68 @@ class Run:
         return self._load("latent", "compressor", Compressor, config.encoder.dim, config.compressor)
 
     @cached_property
-    def painter(self) -> DiT:
-        return self._load("latent", "dit", DiT, self.config.latent)
+    def painter(self) -> nn.Module:
+        return self._dit("latent", self.config.latent)
 
     @cached_property
-    def planner(self) -> DiT:
-        return self._load("semantic", "dit", DiT, self.config.semantic)
+    def planner(self) -> nn.Module:
+        return self._dit("semantic", self.config.semantic)
 
     @cached_property
-    def base(self) -> DiT:
-        return self._load("base", "dit", DiT, self.config.base)
+    def base(self) -> nn.Module:
+        return self._dit("base", self.config.base)
 
     def let_go(self, *parts: str):
         """Drop parts from memory, all if none is named: they are loaded anew when asked for."""
         for part in parts or ("vae", "encoder", "text", "compressor", "painter", "planner", "base"):
             vars(self).pop(part, None)
 
-    def _load(self, stage: str, module: str, kind: type[nn.Module], *configs) -> nn.Module:
+    def _dit(self, stage: str, config: Network) -> nn.Module:
+        """Return a network; of a released one that was not trained as a whole, load that first."""
+        if not isinstance(config, WanDiTConfig):
+            return self._load(stage, "dit", DiT, config)
+        if config.train == "all":  # its weights take the place of the released ones
+            return self._load(stage, "dit", WanDiT, config, device="meta")
+        if config.wan.weights:
+            check_weights(self, "dit")
+        return self._load(stage, "dit", WanDiT, config)
+
+    def _load(self, stage: str, module: str, kind: Callable, *configs, device="cpu") -> nn.Module:
         """Return a trained part, frozen; UserError if its weights are missing or do not fit."""
         file = self.weights_file(stage)
         self.check_there(stage)
-        with torch.random.fork_rng():  # initial values do not touch the caller's random numbers
+        with torch.random.fork_rng(), torch.device(device):  # the caller's random numbers stay
             part = kind(*configs)
+        frozen = {name: p for name, p in part.named_parameters() if not p.requires_grad}
         try:
-            part.load_state_dict(read_weights(file, module, HELD[stage]))
+            tensors = read_weights(file, module, HELD[stage])
+            part.load_state_dict(frozen | tensors, assign=device == "meta")
         except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
             reason = last_line(error)
             raise UserError(f"{file} does not fit this run's configuration: {reason}") from None
+        part.frozen = frozen.keys()  # what the file does not hold
         return part.to(self.device).eval().requires_grad_(False)
 
     def _load_released(self, part: str) -> nn.Module:
         """Return a released part; UserError if its weights are not those of this run."""
-        config = getattr(self.config, part)
-        if not config.weights:
-            raise UserError(f"{self.path} names no weights: give {flag(part)} PATH_OR_ID")
-        try:
-            found = describe(part, config.weights)
-        except UserError as error:
-            raise UserError(f"{error}; {flag(part)} says where the run's are now") from None
-        if found.digest != config.digest:
-            raise UserError(f"{config.weights} has other weights than {self.path} was made with")
-        return load_released(config, self.device)
+        check_weights(self, part)
+        return load_released(getattr(self.config, part), self.device)
 
     def point_to(self, parts: dict[str, object]):
         """Take released weights from other places than the run names; UserError if they differ."""
         for part, found in parts.items():
-            mine = getattr(self.config, part)
-            if not self.released(part) or getattr(mine, "digest", "") != found.digest:
+            mine = self.released_parts.get(part)
+            if getattr(mine, "digest", None) != found.digest:
                 raise UserError(f"{found.weights}: {self.path} was made with another {part}")
-            self.config = replace(self.config, **{part: replace(mine, weights=found.weights)})
+            moved = {part: replace(mine, weights=found.weights)}
+            self.config = replace(self.config, **placed(self.config, moved))
 
 
 def export(source: Path, target: Path):
-    """Copy a run's configuration and finished weights, in half precision, to another folder."""
+    """Copy a run's configuration and finished weights, in half precision, to another folder.
+
+    A base on Wan's transformer is written in full precision, in the released layout.
+    """
     run = Run.open(source)
     found = [stage for stage in RECIPE if run.finished(stage)]
     if not found:
@@ -286,11 +295,19 @@ def export(source: Path, target: Path):
     check_target(Path(target), folder=True)
     weights = {}
     for stage in found:  # all, before any is written
-        parts = nn.ModuleDict({name: getattr(run, part) for name, part in HELD[stage].items()})
-        weights[stage] = {name: x.half() for name, x in parts.state_dict().items()}
+        weights[stage] = {
+            f"{name}.{n}": x.half()
+            for name, part in HELD[stage].items()
+            for n, x in getattr(run, part).state_dict().items()
+            if n not in getattr(run, part).frozen
+        }
     for stage, tensors in weights.items():  # in the order of training: notes name what is there
         copy.save(stage, tensors, {**run.note(stage), "made_of": copy.made_of(stage)})
     write_file(Path(target) / "config.json", (run.path / "config.json").read_bytes())
+    if run.finished("base") and isinstance(run.base, WanDiT):
+        for name, content in released_files(run.base).items():  # what --dit starts from
+            write_file(Path(target) / name, content)
+        found.append("transformer")
     print(f"{', '.join(found)} -> {target}")
 
 

@@ -26,9 +26,12 @@ from toy.encoder import LatentEncoderConfig, TinyEncoderConfig
 from toy.text import HashTextConfig
 from toy.vae import TinyVAE, TinyVAEConfig
 from vae import WanVAEConfig
+from wan import WanDiTConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
 COMPRESSORS = ("mlp", "pca", "none")
+STARTS = ("scratch", "base")
+Network = DiTConfig | WanDiTConfig  # of planner, painter and base
 LIMITS = {  # least and greatest value of a field, by its last name or its whole one
     **dict.fromkeys(("context_channels", "context_rate", "kl_weight", "noise"), (0, 1e6)),
     **dict.fromkeys(("blocks", "caption_blocks", "depth"), (1, 1000)),
@@ -40,6 +43,7 @@ LIMITS = {  # least and greatest value of a field, by its last name or its whole
     **dict.fromkeys(("lr", "muon_lr"), (0, 10)),
     **dict.fromkeys(("weight_decay", "warmup"), (0, 1e9)),
     **dict.fromkeys(("final_lr", "ema", "text_dropout", "context_dropout"), (0, 1)),
+    **{"text_dropout_start": (0, 1), "latent_zero": (-1, 1)},
     "grad_clip": (1e-9, 1e9),
     "shift": (1e-3, 1e3),
     "sample.steps": (1, 10_000),
@@ -68,6 +72,9 @@ class StageConfig:
     posterior: bool = False  # latents drawn from the VAE's posterior at each step, else its mean
     text_dropout: float = 0.1  # share of samples without text, for guidance
     context_dropout: float = 0.1  # share of samples without a plan; drawn apart from the text's
+    # At first more samples are without text, fewer with each step, so that the plan is listened to.
+    text_dropout_start: float | None = None  # at the first step; None = text_dropout
+    text_dropout_steps: int = 1000  # until it is text_dropout
     accumulate: int = 1  # micro-batches of a process's share of a batch, to save memory
     compile: bool = False  # torch.compile: pays for long stages; rounds a little differently
     checkpoint: bool = False  # recompute blocks in the backward pass, to save memory
@@ -111,22 +118,20 @@ class Config:
     text: HashTextConfig | UMT5Config
     encoder: TinyEncoderConfig | PretrainedEncoderConfig | LatentEncoderConfig
     compressor: CompressorConfig
-    latent: DiTConfig  # stage 2, the painter; without its context also the base
-    semantic: DiTConfig  # stage 1, the planner
+    latent: Network  # stage 2, the painter; without its context also the base
+    semantic: Network  # stage 1, the planner
     stages: StageConfigs
     sample: SampleConfig
+    start: str = "scratch"  # what painter and planner start from; or base: the run's trained one
     dtype: str = "auto"  # of the matrix products in training; auto = the faster one, measured
 
     def __post_init__(self):
         check_fit(self)
 
     @property
-    def base(self) -> DiTConfig:
-        """The control's network: the painter's without a plan.
-
-        Its windows have no plan to tell them when they are, so it needs absolute time.
-        """
-        return replace(self.latent, context_channels=0, time_features=True)
+    def base(self) -> Network:
+        """The control's network: the painter's without a plan."""
+        return self.latent.without_plan
 
     def latent_grid(self, frames: int | None = None) -> tuple[int, int, int]:
         """Return (T, h, w) of the VAE latents of a video of `frames`, or of the trained length."""
@@ -170,7 +175,22 @@ def joints(values: dict[str, object]) -> dict[str, object]:
         "semantic.text_dim": values["text.dim"],
         "semantic.context_channels": 0,
     }
-    return {**fields, "encoder.rate": pairs} if "encoder.rate" in values else fields
+    if "encoder.rate" in values:
+        fields["encoder.rate"] = pairs
+    first = values["vae.class"] == WanVAEConfig.__name__  # is a latent frame by itself
+    centre = (values["vae.time_patch"] - 1) / 2  # of a latent frame, in frames
+    for dit in ("latent", "semantic"):
+        if values[f"{dit}.class"] == WanDiTConfig.__name__:
+            patch = 2 * values["vae.space_patch"]  # pixels of a token
+            fields |= {
+                f"{dit}.of_plans": dit == "semantic",
+                f"{dit}.patch": 1 if dit == "semantic" else 2,
+                f"{dit}.latent_rate": fields["latent.rate"],
+                f"{dit}.latent_zero": (centre if first else -centre) / values["vae.time_patch"],
+                f"{dit}.rows": values["data.height"] // patch,
+                f"{dit}.columns": values["data.width"] // patch,
+            }
+    return fields
 
 
 def check_fit(config: Config):
@@ -184,13 +204,14 @@ def check_fit(config: Config):
         raise UserError(f"compressor.kind={kind}: choose {', '.join(COMPRESSORS)}")
     if (kind == "none" and channels != dim) or (kind == "pca" and channels > dim):
         raise UserError(f"compressor.kind={kind}: of {dim} features it cannot make {channels}")
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype={config.dtype}: choose {', '.join(DTYPES)}")
+    for name, known in (("dtype", DTYPES), ("start", STARTS)):
+        if getattr(config, name) not in known:
+            raise UserError(f"{name}={getattr(config, name)}: choose {', '.join(known)}")
     check_sizes(config.data, config.vae, config.encoder, config.latent, config.semantic)
 
 
 @lru_cache(maxsize=64)  # a configuration is built several times on the way to a run
-def check_sizes(data, vae, encoder, latent: DiTConfig, semantic: DiTConfig):
+def check_sizes(data, vae, encoder, latent: Network, semantic: Network):
     """Raise UserError where the parts cannot be built, or do not take each other's shapes."""
     try:
         latents = vae.grid(data.frames, data.height, data.width)

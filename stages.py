@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from flow import flow_loss, path, sample_time
-from model import DiT
 from plumbing.device import count_flops, matmul_speed
 from plumbing.files import UserError
 from plumbing.seeds import Rows
@@ -33,6 +32,7 @@ from semantic import Compressor
 from settings import Config, StageConfig
 from toy.encoder import LEARNERS
 from toy.vae import TinyVAE, VAELearner
+from wan import build_dit
 
 Logs = dict[str, Tensor]  # each a mean, or a value of each row
 NEEDS = {  # stage -> the stages whose weights it is trained on; the keys in the order of training
@@ -77,8 +77,12 @@ def draw_flow(rows: Rows, shape: tuple[int, ...], stage: StageConfig) -> dict[st
     return {"noise": noise, "t": t}
 
 
-def draw_text(clips, indices: list[int], rows: Rows, dropout: float) -> Tensor:
+def draw_text(clips, indices: list[int], rows: Rows, stage: StageConfig) -> Tensor:
     """Return the captions' tokens (B, L, dim); a dropped caption is the null text, all zeros."""
+    dropout = stage.text_dropout
+    if stage.text_dropout_start is not None:
+        left = max(0.0, 1 - rows.step / stage.text_dropout_steps)
+        dropout += (stage.text_dropout_start - dropout) * left
     return clips.text(indices) * rows.kept(dropout)[:, None, None]
 
 
@@ -130,7 +134,7 @@ class Painter(nn.ModuleDict):
 
     def __init__(self, config: Config):
         compressor = Compressor(config.encoder.dim, config.compressor)
-        super().__init__({"compressor": compressor, "dit": DiT(config.latent)})
+        super().__init__({"compressor": compressor, "dit": build_dit(config.latent)})
         self.config = config
         self.tokens = config.latent_tokens() + config.plan_tokens()  # of a clip
 
@@ -144,7 +148,7 @@ class Painter(nn.ModuleDict):
         return {
             "latents": latents,  # (B, C, T, h, w)
             "features": features,
-            "text": draw_text(clips, indices, rows, stage.text_dropout),
+            "text": draw_text(clips, indices, rows, stage),
             "keep_context": rows.kept(stage.context_dropout),  # dropped apart from the text
             "plan_noise": rows.normal(*plan),
             "level": rows.normal(),
@@ -183,7 +187,7 @@ class Planner(nn.ModuleDict):
     """
 
     def __init__(self, config: Config, compressor: Compressor):
-        super().__init__({"dit": DiT(config.semantic)})
+        super().__init__({"dit": build_dit(config.semantic)})
         self.config = config
         self.frozen = (compressor,)  # a tuple hides it from nn.Module: it is not trained
         self.tokens = config.plan_tokens()
@@ -196,7 +200,7 @@ class Planner(nn.ModuleDict):
         plan = (self.config.compressor.channels, *features.shape[2:])
         return {
             "features": features,
-            "text": draw_text(clips, indices, rows, stage.text_dropout),
+            "text": draw_text(clips, indices, rows, stage),
             "plan_noise": rows.normal(*plan),
             "start": start,
             **draw_flow(rows, plan, stage),
@@ -221,7 +225,7 @@ class Base(nn.ModuleDict):
     """The control (Table 2, Base-CT): the painter's network without any plan, from text alone."""
 
     def __init__(self, config: Config):
-        super().__init__({"dit": DiT(config.base)})
+        super().__init__({"dit": build_dit(config.base)})
         self.config = config
         self.tokens = config.latent_tokens()
 
@@ -232,7 +236,7 @@ class Base(nn.ModuleDict):
         latents = draw_latents(clips, indices, cut, rows, stage.posterior)
         return {
             "latents": latents,
-            "text": draw_text(clips, indices, rows, stage.text_dropout),
+            "text": draw_text(clips, indices, rows, stage),
             "start": start,
             **draw_flow(rows, latents.shape[1:], stage),
         }

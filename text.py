@@ -44,6 +44,9 @@ class TextEncoder(Protocol):
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return float32 tokens (B, L, dim) of B strings; rows of padding are zero."""
 
+    def null(self) -> Tensor:
+        """Return the one token (1, dim) that a released transformer knows as the empty text."""
+
 
 # --- released text encoders ---------------------------------------------------------------------
 
@@ -115,7 +118,6 @@ class UMT5(nn.Module):
         text = cleaned(text)
         return len(self.tokenizer(text).input_ids) if text else 0
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return tokens (B, L, dim) float32; rows of padding, and all of an empty string's, are 0.
 
@@ -125,7 +127,18 @@ class UMT5(nn.Module):
         tokens = torch.zeros(len(texts), words, dim, device=self.model.device)
         for row, text in zip(tokens, map(cleaned, texts), strict=True):
             if text:
-                ids = self.tokenizer(text, truncation=True, max_length=words, return_tensors="pt")
-                hidden = self.model(**ids.to(self.model.device)).last_hidden_state[0]  # (l, dim)
-                row[: len(hidden)] = hidden.float()
+                hidden = self._hidden(text)
+                row[: len(hidden)] = hidden
         return tokens
+
+    def null(self) -> Tensor:
+        """Return what the model makes of the empty text, (1, dim) float32: one token, </s>."""
+        return self._hidden("")[:1]
+
+    @torch.no_grad()
+    def _hidden(self, text: str) -> Tensor:
+        """Return the tokens that the model makes of a text, (l, dim) float32."""
+        ids = self.tokenizer(
+            text, truncation=True, max_length=self.config.words, return_tensors="pt"
+        )
+        return self.model(**ids.to(self.model.device)).last_hidden_state[0].float()

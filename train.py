@@ -29,8 +29,8 @@ from chain import check_order, check_origin, data_note
 from config import PRESETS, attention_window, preset
 from data import Folder, to_float
 from encode import cache_parts, check_cache, clips_in_memory, clips_on_disk
-from optim import build_optimizers, changed_schedule, ema_decay, lr_factor, update_ema
-from parts import FLAGS, add_part_flags, check_weights_named, parts_from_flags
+from optim import ema_decay, lr_factor, update_ema
+from parts import add_part_flags, check_weights_named, parts_from_flags, placed
 from plumbing.cache import Cache, Memory
 from plumbing.device import computing, moved, pinned, prepared_ahead
 from plumbing.files import UserError, check_target, command, require
@@ -38,53 +38,17 @@ from plumbing.folder import locked
 from plumbing.metrics import Reporter
 from plumbing.processes import Interrupt, Team, whole
 from plumbing.progress import Progress
-from plumbing.seeds import text_seed
 from run import HELD, Run
 from sample import show_stage
-from settings import Config, StageConfig, override
-from stages import (
-    ORDER,
-    RECIPE,
-    USES,
-    learner,
-    measured,
-    set_up,
-    some_captions,
-    some_features,
-    work,
-)
+from settings import STARTS, Config, StageConfig, override
+from stages import ORDER, RECIPE, USES, measured, some_features, work
+from start import begin
 from toy.world import World
 
 LOG_EVERY = 20  # steps per line of metrics.jsonl
 SAVE_EVERY = 200  # steps per training state
 MEASURE_EVERY = 50  # steps between measurements of z_sem's deviation: its noise is relative to it
 PATIENCE = 5  # steps in a row that may be skipped for a loss or gradient that is not finite
-
-
-# --- the start of a stage -----------------------------------------------------------------------
-
-
-def begin(
-    run: Run, stage: str, source, data: dict, seed: int, state: dict | None, team: Team
-) -> Progress:
-    """Set a stage up, and return it at its first step, or where its state left it."""
-    config: StageConfig = getattr(run.config.stages, stage)
-    torch.manual_seed(text_seed(f"{seed} {stage}") % 2**63)  # initial weights
-    compressor = run.compressor if stage == "semantic" else None
-    modules = learner(run.config, stage, some_captions(stage, source), compressor)
-    modules.to(run.device).train()
-    if stage == "latent":
-        modules["compressor"].set_feature_statistics(some_features(run, source, 2**15))
-    set_up(modules, config)
-    wrapped = team.wrap(modules, run.device)
-    known = {"optimizers": build_optimizers(modules, config), "seed": seed, "of": config.steps}
-    known |= {"clips": len(source), "data": data, "made_of": run.made_of(stage)}
-    progress = Progress(stage, modules, wrapped, **known)
-    if state:
-        progress.load(run.state_file(stage), state)
-        if state.get("of", config.steps) != config.steps > progress.step:
-            team.say(f"{stage}: {changed_schedule(config, progress.step, state['of'])}")
-    return progress
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -116,8 +80,11 @@ def train_stage(run: Run, stage: str, dataset, clips: Callable, seed: int, team:
                 measure_plans(run, progress, source)
             progress.pending.append(one_step(run, progress, batch, team))
             progress.step += 1
-            reporter.after_step({"lr": lr_factor(progress.step - 1, config)}, LOG_EVERY)
-            done, stop = progress.step == config.steps, team.any(interrupt.wanted)
+            done, now = progress.step == config.steps, {"lr": lr_factor(progress.step - 1, config)}
+            if stage == "latent" and (progress.step % SAVE_EVERY == 0 or done):
+                now["influence"] = influence(run, progress, source, rows, team)
+            reporter.after_step(now, LOG_EVERY)
+            stop = team.any(interrupt.wanted)
             shown = config.preview_every and progress.step % config.preview_every == 0
             if progress.step % SAVE_EVERY == 0 or stop or done or shown:
                 progress.save(run.state_file(stage), team)  # before the weights, which need it
@@ -215,6 +182,29 @@ def measure_plans(run: Run, progress: Progress, source):
         statistic.copy_(found[f"compressor.{name}"])
 
 
+@torch.no_grad()
+def influence(run: Run, progress: Progress, source, rows: Sequence[range], team: Team) -> float:
+    """Return by how much the loss rises where each clip is shown another one's plan.
+
+    The clips and the noise are those of the step just done; the other clip is the next row's. Near
+    0 the painter does not listen: its text drowns the plan out.
+    """
+    found: list[Tensor] = []
+    for part in rows:
+        inputs, others = (
+            progress.modules.draw(source, progress.rows(range(a, b), progress.step - 1))
+            for a, b in ((part.start, part.stop), (part.start + 1, part.stop + 1))
+        )
+        inputs["keep_context"] = torch.ones(len(part), dtype=torch.bool)
+        shuffled = {**inputs, **{name: others[name] for name in ("features", "plan_noise")}}
+        with computing(run.device, run.config.dtype):
+            right, wrong = (
+                progress.wrapped(**moved(x, run.device))[1]["flow"] for x in (inputs, shuffled)
+            )
+        found.append((wrong - right).flatten())
+    return round(team.mean({"influence": torch.cat(found)})["influence"], 6)
+
+
 # --- what a stage leaves behind ------------------------------------------------------------------
 
 
@@ -293,6 +283,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
     attention = "of painter and base, over time; the preset's if not given (Base-CT-Swin: swin)"
+    start = "of planner and painter: from nothing, or from the run's base, trained first"
+    parser.add_argument("--start", choices=STARTS, help=start)
     parser.add_argument("--attention", choices=["full", "swin"], help=attention)
     parser.add_argument("--fresh", action="store_true", help="train the stages named anew")
     parser.add_argument("--shard", action="store_true", help="FSDP2: weights in shares")
@@ -318,21 +310,24 @@ def configured(args: argparse.Namespace, cache: Cache | None) -> Config:
     parts = {}
     if (args.out / "config.json").exists():
         old = Run.open(args.out)
-        parts = {part: getattr(old.config, part) for part in FLAGS if old.released(part)}
+        parts = old.released_parts
     if cache:
         parts |= cache_parts(cache)
     settings = list(args.settings)
     if args.steps is not None:
         stages = RECIPE if args.stage == "all" else (args.stage,)
+        stages = (*stages, "base") if args.start == "base" else stages
         settings += [f"stages.{stage}.steps={args.steps}" for stage in stages]
     chosen = old.config if args.preset is None else preset(args.preset)
-    config = override(chosen, settings, **parts | parts_from_flags(args))
+    config = override(chosen, settings, **placed(chosen, parts | parts_from_flags(args)))
+    if args.start:
+        config = replace(config, start=args.start)
     if args.attention:
         window = None if args.attention == "full" else attention_window(config)
         config = replace(config, latent=replace(config.latent, window=window))
-    check_weights_named(config)
-    if args.data is None and config.preset == "paper":
-        raise UserError("preset paper learns from real videos: give --data FOLDER (or CACHE)")
+    check_weights_named(config, start=True)
+    if args.data is None and config.preset in ("paper", "wan"):
+        raise UserError(f"preset {config.preset} learns from videos: give --data FOLDER (or CACHE)")
     return config
 
 

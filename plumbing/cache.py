@@ -3,7 +3,8 @@
 Training needs none of these parts once their outputs are here. `Memory` keeps those of the
 synthetic world, `Cache` reads those of a folder of videos:
 
-    CACHE/cache.json                    the key (what decides how clips are encoded), the parts, the
+    CACHE/null_text.safetensors         the empty text, as the text encoder makes it
+          cache.json                    the key (what decides how clips are encoded), the parts, the
                                         shapes, and the videos: names and captions
           videos/NAME-HASH.safetensors  all clips of one video, or the reason why it was skipped
 
@@ -21,8 +22,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
@@ -32,6 +33,7 @@ from plumbing.files import UserError, first_line, read_json, sweep, write_file
 from plumbing.weights import digest
 
 FORMAT = 2  # of the folder; raised when older ones can no longer be read
+NULL_TEXT = "null_text.safetensors"
 CHUNK = 64  # clips of the world encoded at a time
 INSTALLATION = "pip install|cannot be imported"  # in a reason that is not the video's fault
 AGAIN = "run prepare.py precompute again"
@@ -80,6 +82,10 @@ class Memory(Clips):
         for kind in kinds:
             other._fill(kind, range(-(-other._clips // CHUNK)))
         return other
+
+    def null_text(self) -> Tensor:
+        """Return the empty text's one token, (1, dim) float32."""
+        return self._encode["null_text"](())
 
     def _rows(self, kind: str, indices: Sequence[int]) -> Tensor:
         places = [divmod(int(i), CHUNK) for i in indices]
@@ -268,6 +274,13 @@ class Cache(Clips):
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         return [self._clips[i][1] for i in indices]
+
+    def null_text(self) -> Tensor:
+        """Return the empty text's one token, (1, dim) float32; UserError if it is not there."""
+        try:
+            return load_file(self.path / NULL_TEXT)["tokens"].float()
+        except (OSError, SafetensorError, KeyError):
+            raise UserError(f"{self.path / NULL_TEXT} is missing or damaged: {AGAIN}") from None
 
     def _rows(self, kind: str, indices: Sequence[int]) -> Tensor:
         return torch.stack([self._row(kind, *self._clips[i]) for i in indices]).float()

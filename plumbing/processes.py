@@ -30,7 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.files import UserError
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# Not what is frozen: it is where it was loaded from.
+LEARNED = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": True}
+WHOLE, SOME = StateDictOptions(**LEARNED), StateDictOptions(**LEARNED, strict=False)
 
 
 class Team:
@@ -84,8 +86,8 @@ class Team:
         """Return what computes a loss and, in backward, the whole batch's gradient."""
         if self.shard:
             mesh = init_device_mesh(device.type, (self.size,))
-            for module in losses.modules():
-                if isinstance(module, nn.ModuleList):
+            for name, module in losses.named_modules():
+                if name.endswith("blocks"):
                     for block in module:
                         fully_shard(block, mesh=mesh)
             fully_shard(losses, mesh=mesh)
@@ -160,7 +162,7 @@ def get_state(losses: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) ->
 
 def set_state(losses: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: dict):
     """Put back what `get_state` returned, whatever the number of processes was."""
-    set_model_state_dict(losses, state["modules"], options=WHOLE)
+    set_model_state_dict(losses, state["modules"], options=SOME)
     set_optimizer_state_dict(losses, list(optimizers), state["optimizers"], options=WHOLE)
 
 

@@ -29,7 +29,9 @@ class Progress:
         self.optimizers: list[torch.optim.Optimizer] = known["optimizers"]
         self.seed, self.of, self.clips = known["seed"], known["of"], known["clips"]
         self.data, self.made_of = known["data"], known["made_of"]
-        self.ema = {name: x.detach().clone() for name, x in modules.state_dict().items()}
+        frozen = {name for name, p in modules.named_parameters() if not p.requires_grad}
+        learned = {name: x for name, x in modules.state_dict().items() if name not in frozen}
+        self.ema = {name: x.detach().clone() for name, x in learned.items()}
         self.parameters = [p for p in modules.parameters() if p.requires_grad]
         self.step = self.bad = 0  # steps done; of these the last so many were skipped
         self.seconds = 0.0  # of training, over all sittings

@@ -33,6 +33,7 @@ class Rows:
 
     def __init__(self, rows: range, *words: object):
         """rows: which rows of the batch. words: what the batch belongs to (seed, stage, step)."""
+        self.step = words[-1]
         self.generators = [generator(*words, row) for row in rows]
         self.common = generator(*words)  # of what all rows of the batch share
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import PRESETS, tiny
-from model import DiT
+from model import DiT, DiTConfig
 from plumbing.fields import build, field_types, flat_fields, parse_value
 from plumbing.files import UserError
 from semantic import Compressor
@@ -61,8 +61,11 @@ def test_the_tokens_line_up(preset):
     )
     assert (T - vae.first) / config.latent.rate == frames / data.fps
     assert S / config.semantic.rate == pytest.approx(frames / data.fps)
-    assert config.latent.space_cycles == height / config.latent.patch / 2
-    assert config.semantic.space_cycles == plan_height / 2
+    if isinstance(config.latent, DiTConfig):
+        assert config.latent.space_cycles == height / config.latent.patch / 2
+        assert config.semantic.space_cycles == plan_height / 2
+    else:
+        assert config.latent.rows == config.semantic.rows == height / config.latent.patch
 
 
 def test_every_stage_has_its_settings():
@@ -86,7 +89,7 @@ def test_flat_fields_and_build_undo_each_other(preset):
     assert build(Config, fields) == config
     assert list(fields) == list(field_types(Config, fields))
     assert not any(dataclasses.is_dataclass(value) for value in fields.values())
-    assert fields["latent.width"] == config.latent.width
+    assert fields["latent.window"] == config.latent.window
     assert fields["stages.vae.lr"] == config.stages.vae.lr
 
 

@@ -65,3 +65,7 @@ class HashText:
                     vector = vector + piece_vector(f"{k} before: {words[place - k]}", dim)
                 row[place] = torch.from_numpy(vector)
         return tokens
+
+    def null(self) -> Tensor:
+        """Return the empty text's token, (1, dim): zeros."""
+        return torch.zeros(1, self.config.dim)

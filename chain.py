@@ -7,8 +7,9 @@ Where the chain does not hold, one line says which stage is out of date, and wha
 
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from parts import describe, flag
+from parts import describe, flag, placed
 from plumbing.files import UserError
 from stages import ORDER
 
@@ -47,6 +48,16 @@ def check_weights(run, part: str):
         raise UserError(f"{error}; {flag(part)} says where the run's are now") from None
     if found.digest != config.digest:
         raise UserError(f"{config.weights} has other weights than {run.path} was made with")
+
+
+def point_to(run, parts: dict[str, object]):
+    """Take released weights from other places than a run names; UserError if they differ."""
+    for part, found in parts.items():
+        mine = run.released_parts.get(part)
+        if mine is None or mine.digest != found.digest:
+            raise UserError(f"{found.weights}: {run.path} was made with another {part}")
+        moved = {part: replace(mine, weights=found.weights)}
+        run.config = replace(run.config, **placed(run.config, moved))
 
 
 def check_order(run, stages: Sequence[str], say: Callable[[str], None]):

@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from chain import point_to
 from config import clip_frames
 from parts import add_part_flags, parts_from_flags
-from plumbing.files import UserError
+from plumbing.files import UserError, one_line
 from run import ASSETS, Run
 from settings import SampleConfig, check_number
 
@@ -27,7 +31,7 @@ def open_run(args: argparse.Namespace, stages: Sequence[str]) -> Run:
     UserError if one of them has no weights, or if they do not belong together.
     """
     run = Run.open(args.run)
-    run.point_to(parts_from_flags(args))
+    point_to(run, parts_from_flags(args))
     for stage in stages:
         run.check_there(stage)
         if not (run.released(stage) or run.finished(stage)):
@@ -62,3 +66,16 @@ def frames_of(run: Run, seconds: float | None) -> int:
     if abs(frames - seconds * fps) > 1e-6:
         print(f"--seconds {seconds:g}: {frames} frames are made, {frames / fps:g} s")
     return frames
+
+
+def encode_prompts(run: Run, prompts: Sequence[str], negative: str | None) -> list[Tensor]:
+    """Return each prompt's tokens (1, L, dim), (2, 1, L, dim) with the negative one's.
+
+    Say which texts are longer than is read.
+    """
+    words = run.text.config.words
+    for prompt in (*prompts, negative or ""):
+        if (count := run.text.count(prompt)) > words:
+            print(f"{one_line(prompt, 60)}: the first {words} of its {count} words are read")
+    tokens = [run.text.encode([prompt]) for prompt in prompts]
+    return [torch.stack([x, run.text.encode([negative])]) for x in tokens] if negative else tokens

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from chain import again, check_chain, check_weights
-from model import DiT
-from parts import FLAGS, RELEASED, load_released, networks, placed
+from parts import FLAGS, RELEASED, load_released, networks
 from plumbing.device import default_device, faster_dtype
 from plumbing.fields import differences, field_types, flat_fields
 from plumbing.files import UserError, check_target, command, last_line, read_json, sweep, write_file
@@ -37,7 +36,7 @@ from toy.encoder import LatentEncoder, LatentEncoderConfig, TinyEncoder
 from toy.text import HashText
 from toy.vae import TinyVAE
 from vae import VideoVAE
-from wan import WanDiT, WanDiTConfig, released_files
+from wan import WanDiT, WanDiTConfig, build_dit, write_released
 
 FORMAT = 1  # of the run folder; raised when older folders can no longer be read
 HELD = {  # the modules that a stage's weights file holds -> the parts of a run that they are
@@ -238,14 +237,12 @@ class Run:
             vars(self).pop(part, None)
 
     def _dit(self, stage: str, config: Network) -> nn.Module:
-        """Return a network; of a released one that was not trained as a whole, load that first."""
-        if not isinstance(config, WanDiTConfig):
-            return self._load(stage, "dit", DiT, config)
-        if config.train == "all":  # its weights take the place of the released ones
-            return self._load(stage, "dit", WanDiT, config, device="meta")
-        if config.wan.weights:
+        """Return a network. What of a released one was not trained is loaded from there."""
+        released = isinstance(config, WanDiTConfig)
+        own = released and config.train == "all"  # then all of it is in the run's own file
+        if released and config.wan.weights and not own:
             check_weights(self, "dit")
-        return self._load(stage, "dit", WanDiT, config)
+        return self._load(stage, "dit", build_dit, config, device="meta" if own else "cpu")
 
     def _load(self, stage: str, module: str, kind: Callable, *configs, device="cpu") -> nn.Module:
         """Return a trained part, frozen; UserError if its weights are missing or do not fit."""
@@ -267,15 +264,6 @@ class Run:
         """Return a released part; UserError if its weights are not those of this run."""
         check_weights(self, part)
         return load_released(getattr(self.config, part), self.device)
-
-    def point_to(self, parts: dict[str, object]):
-        """Take released weights from other places than the run names; UserError if they differ."""
-        for part, found in parts.items():
-            mine = self.released_parts.get(part)
-            if getattr(mine, "digest", None) != found.digest:
-                raise UserError(f"{found.weights}: {self.path} was made with another {part}")
-            moved = {part: replace(mine, weights=found.weights)}
-            self.config = replace(self.config, **placed(self.config, moved))
 
 
 def export(source: Path, target: Path):
@@ -305,8 +293,7 @@ def export(source: Path, target: Path):
         copy.save(stage, tensors, {**run.note(stage), "made_of": copy.made_of(stage)})
     write_file(Path(target) / "config.json", (run.path / "config.json").read_bytes())
     if run.finished("base") and isinstance(run.base, WanDiT):
-        for name, content in released_files(run.base).items():  # what --dit starts from
-            write_file(Path(target) / name, content)
+        write_released(run.base, Path(target))  # what --dit starts from
         found.append("transformer")
     print(f"{', '.join(found)} -> {target}")
 

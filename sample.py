@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from data import reference_clip, to_float, to_uint8
-from flags import add_run_flags, frames_of, open_run, options_of
+from flags import add_run_flags, encode_prompts, frames_of, open_run, options_of
 from flow import euler, guidance_weights
 from plumbing.device import computing
-from plumbing.files import UserError, check_target, command, one_line, require
+from plumbing.files import UserError, check_target, command, require
 from plumbing.seeds import draw_noise, text_seed
 from plumbing.sheet import contact_sheet, picked, shown_frames
 from plumbing.video import write_video
@@ -38,9 +38,11 @@ SUFFIXES = (".gif", ".webp", ".png", ".mp4")
 def guided(dit: nn.Module, text: Tensor, guidance: float, context=None, context_guidance=1.0):
     """Return velocity(z, t) with guidance, first towards the plan, if any, then the text.
 
-    text: (B, L, dim); context: (B, K, S, hs, ws). Only velocities of a weight are computed, as one
-    batch. context_guidance None: the plan is dropped, with the text and without.
+    text: (B, L, dim), or (2, B, L, dim), the second in place of the null text; context: (B, K, S,
+    hs, ws). Only velocities of a weight are computed, as one batch. context_guidance None: the plan
+    is dropped, with the text and without.
     """
+    text, null = text if text.ndim == 4 else (text, torch.zeros_like(text))
     if context is None or context_guidance is None:
         keep, scales = [(False, False), (True, False)], (guidance,)  # (text, context)
     else:
@@ -48,7 +50,7 @@ def guided(dit: nn.Module, text: Tensor, guidance: float, context=None, context_
         scales = (context_guidance, guidance)
     weights = guidance_weights(*scales)
     used = [(weight, *kept) for weight, kept in zip(weights, keep, strict=True) if weight]
-    n, texts = len(used), torch.cat([text * told for _, told, _ in used])  # the null text is zero
+    n, texts = len(used), torch.cat([text if told else null for _, told, _ in used])
     conditions = {}
     if context is not None:
         kept = torch.tensor([plan for *_, plan in used], device=context.device)
@@ -185,6 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reference", type=Path, help="a video whose plan is used, not stage 1's")
     parser.add_argument("--base", action="store_true", help="the base model, which has no plan")
     how = "one; or two: planner, painter; or three: planner, painter's text, painter's plan"
+    parser.add_argument("--negative", help="a text to lead away from, in place of the null text")
     parser.add_argument("--guidance", type=float, nargs="+", default=(), metavar="G", help=how)
     parser.add_argument("--out", type=Path, default=Path("samples/sample.webp"), help=f"{SUFFIXES}")
     add_run_flags(parser)
@@ -202,15 +205,6 @@ def arguments() -> argparse.Namespace:
     if args.out.suffix == ".mp4":
         require("av", "video")
     return args
-
-
-def encode_prompts(run: Run, prompts: Sequence[str]) -> list[Tensor]:
-    """Return the tokens of each prompt, (1, L, dim); say which ones are longer than is read."""
-    words = run.text.config.words
-    for prompt in prompts:
-        if (count := run.text.count(prompt)) > words:
-            print(f"{one_line(prompt, 60)}: the first {words} of its {count} words are read")
-    return [run.text.encode([prompt]) for prompt in prompts]
 
 
 @in_run_dtype
@@ -243,7 +237,8 @@ def main():
         labels = [f"reference: {args.reference.name}", *labels]
     # One by one through the networks: a sample is bit for bit the same in any company. Each part is
     # let go when its work is done.
-    texts, seeds = encode_prompts(run, prompts), [[prompt_seed(args.seed, p)] for p in prompts]
+    texts = encode_prompts(run, prompts, args.negative)
+    seeds = [[prompt_seed(args.seed, prompt)] for prompt in prompts]
     run.let_go("text")
     plans = [plan] * len(prompts)
     if plan is None and not args.base:

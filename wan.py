@@ -15,8 +15,9 @@ the context; N tokens; D width; A heads; d width of a head; L text tokens.
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model import Attend, DiT, DiTConfig, Grid, attention, to_tokens
-from plumbing.files import UserError, require
+from plumbing.files import UserError, require, write_file
 from plumbing.weights import digest, fill, loading, locate, read_settings, size, tensor_files
 from swin import windowed_attention, windows
 
@@ -75,21 +76,14 @@ class WanDiTConfig:
     columns: int = 52
     train: str = "lora"  # or attention: self-attention; or all. What is new is always trained
     rank: int = 32  # of lora
-    wan: WanConfig = field(default_factory=WanConfig)
+    wan: WanConfig = WanConfig()
 
     def __post_init__(self):
         if self.train not in TRAINED:
             raise ValueError(f"train={self.train}: choose {', '.join(TRAINED)}")
-        if not self.of_plans and self.channels != self.wan.channels:
-            raise ValueError(
-                f"the transformer denoises {self.wan.channels} channels, the VAE has "
-                f"{self.channels}"
-            )
-        if self.text_dim != self.wan.text_dim:
-            raise ValueError(
-                f"the transformer reads text of width {self.wan.text_dim}, the encoder's has "
-                f"{self.text_dim}"
-            )
+        for name in ("text_dim",) if self.of_plans else ("text_dim", "channels"):
+            if getattr(self, name) != (its := getattr(self.wan, name)):
+                raise ValueError(f"Wan's {name} is {its}, the other parts' {getattr(self, name)}")
 
     def layout(self, latents: Sequence[int], context: Sequence[int] | None) -> list[Grid]:
         """Return the streams' grids as `DiTConfig.layout` does. The plan may be left out."""
@@ -105,14 +99,10 @@ class WanDiTConfig:
 # --- the released transformer -------------------------------------------------------------------
 
 
-def transformer_folder(weights: str) -> str:
-    """Return "transformer/" where it is part of a pipeline's repository, else ""."""
-    return "transformer/" if locate(weights, "transformer/config.json") else ""
-
-
-def transformer_files(weights: str) -> dict:
-    """Return {tensor name: file} of a released transformer."""
-    return tensor_files(weights, stem=f"{transformer_folder(weights)}diffusion_pytorch_model")
+def transformer_files(weights: str) -> tuple[str, dict[str, Path]]:
+    """Return the name of its settings, in a pipeline's repository or alone; {tensor: file}."""
+    folder = "transformer/" if locate(weights, "transformer/config.json") else ""
+    return f"{folder}config.json", tensor_files(weights, stem=f"{folder}diffusion_pytorch_model")
 
 
 def describe_transformer(weights: str) -> WanConfig:
@@ -120,7 +110,7 @@ def describe_transformer(weights: str) -> WanConfig:
 
     UserError if it is not one of Wan's for text to video, in safetensors.
     """
-    name = f"{transformer_folder(weights)}config.json"
+    name, tensors = transformer_files(weights)
     settings = read_settings(weights, name)
     kind = settings.get("_class_name")
     if kind != "WanTransformer3DModel":
@@ -138,7 +128,7 @@ def describe_transformer(weights: str) -> WanConfig:
         "waves": ("freq_dim", 256),
     }
     sizes = {mine: size(weights, settings, x, default=d) for mine, (x, d) in known.items()}
-    files = {locate(weights, name), *transformer_files(weights).values()}
+    files = {locate(weights, name), *tensors.values()}
     return WanConfig(weights, digest(files), **sizes)
 
 
@@ -163,7 +153,7 @@ def build_transformer(config: WanConfig) -> nn.Module:
     model.rope = nn.Identity()  # positions are ours
     if config.weights and not empty:
         with loading(config.weights, "Wan's transformer"):
-            fill(model, config.weights, transformer_files(config.weights), torch.float32)
+            fill(model, config.weights, transformer_files(config.weights)[1], torch.float32)
     return model
 
 
@@ -329,17 +319,16 @@ def set_norm(weight: Tensor, norm: Tensor):
     weight.mul_(norm / weight.norm())
 
 
-def released_files(dit: WanDiT) -> dict[str, bytes]:
-    """Return the files of a network's transformer, as released ones are laid out."""
+def write_released(dit: WanDiT, folder: Path):
+    """Write a network's transformer as released ones are laid out: `--dit FOLDER` reads it."""
     for module in dit.wan.modules():
         if hasattr(module, "merge"):  # lora
             module.merge()
     tensors = {n: x.contiguous() for n, x in dit.wan.state_dict().items() if ".lora_" not in n}
     tensors = {name.replace(".base_layer", ""): x for name, x in tensors.items()}
-    return {
-        "transformer/config.json": dit.wan.to_json_string().encode(),
-        "transformer/diffusion_pytorch_model.safetensors": save(tensors, {"format": "pt"}),
-    }
+    content, folder = save(tensors, {"format": "pt"}), folder / "transformer"
+    write_file(folder / "diffusion_pytorch_model.safetensors", content)
+    write_file(folder / "config.json", dit.wan.to_json_string().encode())
 
 
 def build_dit(config: DiTConfig | WanDiTConfig) -> DiT | WanDiT:

@@ -53,6 +53,7 @@ from released import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import chain
 import semantic
 import text as text_module
 import vae as vae_module
@@ -1661,7 +1662,7 @@ def test_training_and_sampling_with_released_parts(
     moved = copied(checkpoint, tmp_path / "moved")
     monkeypatch.setattr(Run, "has", lambda *_: True)
     opened = Run.open(run)
-    opened.point_to({"encoder": describe_encoder(str(moved))})
+    chain.point_to(opened, {"encoder": describe_encoder(str(moved))})
     assert opened.encoder.config.weights == str(moved)
     edit_tensors(next(moved.glob("*1-of*.safetensors")), lambda x: x[min(x)].add_(1))
     capsys.readouterr()

@@ -81,12 +81,12 @@ class WanDiTConfig:
     def __post_init__(self):
         if self.train not in TRAINED:
             raise ValueError(f"train={self.train}: choose {', '.join(TRAINED)}")
-        for name in ("text_dim",) if self.of_plans else ("text_dim", "channels"):
-            if getattr(self, name) != (its := getattr(self.wan, name)):
-                raise ValueError(f"Wan's {name} is {its}, the other parts' {getattr(self, name)}")
 
     def layout(self, latents: Sequence[int], context: Sequence[int] | None) -> list[Grid]:
         """Return the streams' grids as `DiTConfig.layout` does. The plan may be left out."""
+        for name in ("text_dim",) if self.of_plans else ("text_dim", "channels"):
+            if getattr(self, name) != (its := getattr(self.wan, name)):
+                raise ValueError(f"Wan's {name} is {its}, the other parts' {getattr(self, name)}")
         given = self if context is not None else replace(self, context_channels=0)
         return DiTConfig.layout(given, latents, context)
 

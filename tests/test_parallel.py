@@ -33,7 +33,7 @@ CONTEXT.set_forkserver_preload(["train"])
 BATCH = [f"stages.{stage}.batch=4" for stage in ("vae", "encoder", "latent", "semantic", "base")]
 
 
-def member(environment, path, stage, settings, shard, stop):
+def member(environment, path, stage, shard, stop):
     """Train a stage in a process of a team; stop: the step at which rank 0 gets a SIGTERM."""
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -49,13 +49,14 @@ def member(environment, path, stage, settings, shard, stop):
 
         train.one_step = stopped
     team = Team(shard)
-    run = Run(path, micro(*BATCH, *settings))
+    run = Run.open(path)
+    run.device = torch.device("cpu")
     train.train(run, [stage], few(run), 0, team)
     team.leave()
 
 
-def train_as(size: int, path: Path, stage: str, *settings: str, shard=False, stop=0) -> Run:
-    """Train a stage as `size` processes; return the run."""
+def train_as(size: int, path: Path, stage: str, shard=False, stop=0) -> Run:
+    """Train a stage of a run that is there as `size` processes; return the run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,13 +64,13 @@ def train_as(size: int, path: Path, stage: str, *settings: str, shard=False, sto
     for rank in range(size):
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
         environment |= {"WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-        arguments = (environment if size > 1 else {}, path, stage, settings, shard, stop)
+        arguments = (environment if size > 1 else {}, path, stage, shard, stop)
         team.append(CONTEXT.Process(target=member, args=arguments, daemon=True))
         team[-1].start()
     for process in team:
         process.join(120)
     assert [process.exitcode for process in team] == [130 if stop else 0] * size
-    return Run(path, micro(*BATCH, *settings))
+    return Run.open(path)
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +137,9 @@ def test_the_mean_over_processes_leaves_out_what_is_no_number():
 def test_two_processes_train_as_one_does(begun, tmp_path, shard, optimizer, tolerance):
     """Twenty steps of the painter and its compressor."""
     settings = ["stages.latent.steps=20", f"stages.latent.optimizer={optimizer}"]
-    one = train_as(1, copy_of(begun, tmp_path / "one", "latent", *settings), "latent", *settings)
+    one = train_as(1, copy_of(begun, tmp_path / "one", "latent", *settings), "latent")
     two = copy_of(begun, tmp_path / "two", "latent", *settings)
-    two = train_as(2, two, "latent", *settings, shard=shard)
+    two = train_as(2, two, "latent", shard=shard)
     assert len(metrics(one, "latent")) == 20
     assert_same(two, one, "latent", tolerance)
 
@@ -147,20 +148,20 @@ def test_two_processes_train_as_one_does(begun, tmp_path, shard, optimizer, tole
 def test_the_other_stages_in_two_processes(begun, tmp_path, stage):
     """Captions differ in length: a row's loss must not depend on its company."""
     settings = [f"stages.{stage}.optimizer=adamw", f"stages.{stage}.lr=1e-4"]
-    one = train_as(1, copy_of(begun, tmp_path / "one", stage, *settings), stage, *settings)
-    two = train_as(2, copy_of(begun, tmp_path / "two", stage, *settings), stage, *settings)
+    one = train_as(1, copy_of(begun, tmp_path / "one", stage, *settings), stage)
+    two = train_as(2, copy_of(begun, tmp_path / "two", stage, *settings), stage)
     assert_same(two, one, stage, 1e-5)
 
 
 @pytest.mark.parametrize("before, after", [("DDP", "one"), ("FSDP2", "one"), ("one", "FSDP2")])
 def test_a_run_stops_with_some_processes_and_goes_on_with_others(begun, tmp_path, before, after):
     settings = ["stages.base.optimizer=adamw", "stages.base.lr=1e-4"]
-    whole = train_as(1, copy_of(begun, tmp_path / "whole", "base", *settings), "base", *settings)
+    whole = train_as(1, copy_of(begun, tmp_path / "whole", "base", *settings), "base")
     path = copy_of(begun, tmp_path / "parts", "base", *settings)
     kinds = {"one": (1, False), "DDP": (2, False), "FSDP2": (2, True)}
     for kind, stop in ((before, 3), (after, 0)):
         size, shard = kinds[kind]
-        parts = train_as(size, path, "base", *settings, shard=shard, stop=stop)
+        parts = train_as(size, path, "base", shard=shard, stop=stop)
         if stop:
             assert parts.load_state("base")["step"] == 3 and not parts.has("base")
     assert_same(parts, whole, "base", 1e-5)
@@ -227,9 +228,9 @@ def test_a_compiled_network_gives_the_same_gradient(begun, dtype, accuracy):
 
 def test_accumulation_is_a_field_of_a_stage(begun, tmp_path):
     settings = ["stages.base.optimizer=adamw", "stages.base.lr=1e-4"]
-    one = train_as(1, copy_of(begun, tmp_path / "one", "base", *settings), "base", *settings)
+    one = train_as(1, copy_of(begun, tmp_path / "one", "base", *settings), "base")
     settings.append("stages.base.accumulate=2")
-    two = train_as(2, copy_of(begun, tmp_path / "two", "base", *settings), "base", *settings)
+    two = train_as(2, copy_of(begun, tmp_path / "two", "base", *settings), "base")
     assert_same(two, one, "base", 1e-5)
 
 
@@ -239,7 +240,7 @@ def test_states_hold_whole_tensors_and_nothing_that_runs(begun, tmp_path):
     runs = []
     for name, size in (("one", 1), ("two", 2)):
         path = copy_of(begun, tmp_path / name, "base", *settings)
-        runs.append(train_as(size, path, "base", *settings, shard=size > 1, stop=2))
+        runs.append(train_as(size, path, "base", shard=size > 1, stop=2))
     one, two = (run.load_state("base") for run in runs)
     for kind in ("modules", "ema"):
         assert {n: x.shape for n, x in two[kind].items()} == {

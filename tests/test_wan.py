@@ -53,10 +53,10 @@ from wan import WanConfig, WanDiT, WanDiTConfig, angles, describe_transformer
 
 ROOT = Path(__file__).parents[1]
 SIZES = [x for x in MICRO if x.split(".")[0] not in ("latent", "semantic")]
-SIZES += [f"{dit}.{x}" for dit in ("latent", "semantic") for x in ("wan.heads=2", "wan.depth=2")]
-SIZES += [f"{dit}.rank=4" for dit in ("latent", "semantic")] + ["stages.latent.batch=4"]
-SIZES += [f"stages.{s}.{x}" for s in ("latent", "semantic", "base") for x in ("lr=1e-3",)]
-SIZES += [f"stages.{s}.optimizer=adamw" for s in ("latent", "semantic", "base")]
+for dit in ("latent", "semantic"):
+    SIZES += [f"{dit}.{x}" for x in ("wan.heads=2", "wan.depth=2", "rank=4")]
+for stage in ("latent", "semantic", "base"):
+    SIZES += [f"stages.{stage}.{x}" for x in ("batch=4", "optimizer=adamw", "lr=1e-4")]
 peft = pytest.importorskip("peft")
 
 
@@ -509,14 +509,12 @@ def test_an_interrupted_stage_ends_as_one_that_never_stopped(
     ]
 
 
-@pytest.mark.parametrize(
-    "mode, shard", [("lora", False), ("lora", True), ("attention", True), ("all", False)]
-)
+@pytest.mark.parametrize("mode, shard", [("lora", True), ("attention", False), ("all", True)])
 def test_two_processes_train_as_one_does(pretrained, tmp_path, mode, shard):
     one, two = (tuned(pretrained, tmp_path / x, mode) for x in ("one", "two"))
     one = train_as(1, one.path, "latent")
     two = train_as(2, two.path, "latent", shard=shard)
-    assert_same(two, one, "latent", 1e-5)
+    assert_same(two, one, "latent", 1e-4)
 
 
 def test_a_run_stops_with_one_process_and_goes_on_in_shares(pretrained, tmp_path):

@@ -25,7 +25,7 @@ help:  ## show this list
 
 # Install once; again when a dependency changes.
 $(VENV)/demo.stamp: extras = video,plot
-$(VENV)/test.stamp: extras = video,plot,qwen,text,wan,test
+$(VENV)/test.stamp: extras = video,plot,qwen,text,wan,lora,test
 $(VENV)/demo.stamp $(VENV)/test.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo 'Python 3.11 or newer is needed, not $(PYTHON); name one: make PYTHON=python3.12' >&2; exit 2; }

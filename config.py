@@ -1,12 +1,15 @@
 """Presets, and the sizes that they lead to.
 
 python config.py --preset paper --seconds 5 60      # shapes and numbers of tokens
+python config.py --preset wan --seconds 5 60        # also what fine-tuning the painter takes
 """
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+import torch
 
 from data import DataConfig
 from model import DiTConfig
@@ -19,7 +22,7 @@ from toy.encoder import TinyEncoderConfig
 from toy.text import HashTextConfig
 from toy.vae import TinyVAEConfig
 from vae import WanVAEConfig
-from wan import WanConfig, WanDiTConfig
+from wan import TRAINED, WanConfig, WanDiTConfig, build_dit
 
 LONGEST = 3600  # seconds of a video that is sampled
 
@@ -241,6 +244,50 @@ def shapes(config: Config, seconds: float) -> dict[str, object]:
     }
 
 
+# Bytes that a block keeps until its backward pass, over tokens x width: bf16 products, Wan's own
+# float32 islands. Counted on a block of Wan's proportions; attention's own memory is not in it.
+BLOCK = {"lora": 76, "attention": 60, "all": 97}
+
+
+def memory(config: Config, trained: str, seconds: Sequence[float]) -> dict[str, object]:
+    """Return what training the painter takes by arithmetic, by name; memory in GB (10^9 bytes).
+
+    On one device, blocks recomputed, one clip at a time, AdamW. trained: lora, attention or all.
+    """
+    released = replace(config.latent.wan, weights="named")  # on the meta device none are read
+    with torch.device("meta"):
+        dit = build_dit(replace(config.latent, train=trained, wan=released))
+    every = sum(p.numel() for p in dit.parameters())
+    learned = sum(p.numel() for p in dit.parameters() if p.requires_grad)
+    # float32: the weights; of what is trained gradient, two moments of AdamW, EMA.
+    states = {"weights": 4 * every / 1e9, "gradients, AdamW, EMA": 16 * learned / 1e9}
+    found = {
+        "parameters, millions": every / 1e6,
+        "trained, millions": learned / 1e6,
+        "its file, MB": 4 * learned / 1e6,
+        **{f"{name}, GB": x for name, x in states.items()},
+    }
+    for length in seconds:
+        frames = clip_frames(config, length)
+        tokens = config.latent_tokens(frames) + config.plan_tokens(frames)
+        kept = 2 * config.latent.wan.depth + BLOCK[trained]  # each block's input, and one block
+        activations = tokens * config.latent.wan.width * kept / 1e9
+        found[f"activations, {length:g} s, GB"] = activations
+        found[f"all of it, {length:g} s, GB"] = activations + sum(states.values())
+    return {name: f"{x:,.1f}" for name, x in found.items()}
+
+
+def print_table(title: str, columns: dict[str, dict[str, object]]):
+    """Print a table in Markdown; columns: {heading: {name of the row: cell}}."""
+    print(f"| {title} | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for name in next(iter(columns.values())):
+        cells = [x[name] for x in columns.values()]
+        cells = [" x ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells]
+        cells = [x if isinstance(x, str) else f"{x:,}" for x in cells]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Shapes and numbers of tokens of a preset.")
     parser.add_argument("--preset", default="paper", help=f"one of {', '.join(PRESETS)}")
@@ -248,13 +295,12 @@ def main():
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
     args = parser.parse_args()
     config = override(preset(args.preset), args.settings)
-    columns = [shapes(config, seconds) for seconds in args.seconds]
-    print(f"| {args.preset} | " + " | ".join(f"{seconds:g} s" for seconds in args.seconds) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for name in columns[0]:
-        cells = [x[name] for x in columns]
-        cells = [" x ".join(map(str, x)) if isinstance(x, tuple) else f"{x:,}" for x in cells]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    print_table(
+        args.preset, {f"{seconds:g} s": shapes(config, seconds) for seconds in args.seconds}
+    )
+    if isinstance(config.latent, WanDiTConfig):
+        print()
+        print_table("painter", {x: memory(config, x, args.seconds) for x in TRAINED})
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from run import Run
 from settings import Config
 from toy.world import World
 
+NOT_HOW = ("weights", "chunk", "objects", "flashes", "learns")  # fields: not how clips are encoded
 PARTS = ("data", *FLAGS)  # the components that decide how clips are encoded
 
 
@@ -67,7 +68,7 @@ def identity(run: Run) -> dict[str, object]:
     found = {}
     for name, value in flat_fields(run.config).items():
         part, field = name.split(".")[0], name.split(".")[-1]
-        if part in PARTS and field not in ("weights", "chunk", "objects"):
+        if part in PARTS and field not in NOT_HOW:
             found[name] = value
     for stage in ("vae", "encoder"):
         if not run.released(stage):

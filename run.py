@@ -50,7 +50,6 @@ FREE = (  # ends of fields that may change while a run is trained
     *(".steps", ".weights", ".chunk"),
     *(".accumulate", ".compile", ".checkpoint", ".preview_every"),  # how, not what
 )
-NOT_HOW = ("weights", "chunk", "objects", "flashes", "learns")  # fields: not how clips are encoded
 ASSETS = Path(__file__).parent / "assets" / "tiny"  # the shipped tiny weights, themselves a run
 
 

@@ -134,7 +134,8 @@ def one_step(run: Run, progress: Progress, batch: list[dict], team: Team) -> dic
         team.sync(progress.wrapped, k == len(batch) - 1)
         with computing(run.device, run.config.dtype):
             loss, found = progress.wrapped(**moved(inputs, run.device))
-        (loss / len(batch)).backward()
+        with computing(run.device, "float32"):  # recomputation needs the same attention kernels
+            (loss / len(batch)).backward()
         for name, x in {"loss": loss.detach(), **found}.items():
             logs.setdefault(name, []).append(x.float().flatten())
     norm = whole(nn.utils.clip_grad_norm_(progress.parameters, config.grad_clip))

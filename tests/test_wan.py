@@ -36,7 +36,8 @@ import flow
 import stages
 import train
 from chain import check_chain, point_to
-from config import preset, wan_tiny
+from config import BLOCK, preset, wan_tiny
+from config import main as config_main
 from encode import clips_in_memory
 from plumbing.device import computing
 from plumbing.files import UserError
@@ -523,6 +524,49 @@ def test_a_run_stops_with_one_process_and_goes_on_in_shares(pretrained, tmp_path
     train_as(2, parts.path, "base", shard=True, stop=3)
     assert parts.load_state("base")["step"] == 3
     assert_same(train_as(1, parts.path, "base"), whole, "base", 1e-5)
+
+
+def test_recomputation_attends_with_the_same_kernels(pretrained, tmp_path):
+    """On a CPU they are chosen by the context, for more than 256 tokens of text too."""
+    settings = ["text.words=300", "stages.latent.checkpoint=true", "stages.latent.steps=1"]
+    run = tuned(pretrained, tmp_path / "run", "lora", *settings)
+    train.train(run, ["latent"], few(run), seed=0)
+    assert run.finished("latent")
+
+
+@pytest.mark.parametrize("trained", MODES)
+def test_memory_by_arithmetic_is_what_a_block_keeps(trained):
+    """Bytes a token of what autograd saves in a block of Wan's proportions, bfloat16 products."""
+    width, tokens = 96, 2048
+    sizes = WanConfig(channels=4, text_dim=8, heads=3, head_width=32, depth=1, ffn=560, waves=32)
+    config = WanDiTConfig(channels=4, rate=4.0, text_dim=8, train=trained, rank=2, wan=sizes)
+    (block,), kept = WanDiT(config).wan.blocks, {}
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x  # alive, so that no two share an address
+        return x
+
+    x = torch.randn(1, tokens, width).bfloat16().requires_grad_()
+    turn = torch.randn(tokens, 16)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        block(x, torch.randn(1, 4, width), torch.randn(1, 6, width), (turn, turn, attend))
+    found = sum(x.untyped_storage().nbytes() for x in kept.values()) / tokens / width
+    assert found == pytest.approx(BLOCK[trained], rel=0.05)
+
+
+def test_the_page_shows_what_its_command_prints(monkeypatch, capsys):
+    page = (ROOT / "docs/fine-tuning.md").read_text()
+    command = "config.py --preset wan --seconds 5 60"
+    assert f"python {command}" in page
+    monkeypatch.setattr(sys, "argv", command.split())
+    config_main()
+    assert capsys.readouterr().out in page
 
 
 def test_other_weights_than_a_run_was_made_with_are_refused(pretrained, tmp_path):

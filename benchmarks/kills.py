@@ -2,9 +2,10 @@
 
     python benchmarks/kills.py --kills 50            # every stage, SIGKILL
     python benchmarks/kills.py --kills 50 --stage vae --seed 1
+    python benchmarks/kills.py --preset wan_tiny --dit FOLDER --set latent.train=lora
 
 Weights (EMA), the final training state (weights, EMA, optimizer states) and metrics.jsonl must be
-the same, bit for bit, but for what a clock says. The run is the tiny preset with fewer steps of
+the same, bit for bit, but for what a clock says. The run is the preset with fewer steps of
 smaller batches, a state every three steps and a line of metrics every two.
 """
 
@@ -25,11 +26,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from safetensors.torch import load_file
 
-from config import tiny
+from config import preset
+from parts import placed
 from run import Run
 from settings import Config, override
-from stages import NEEDS, ORDER
+from stages import ORDER
 from toy.world import World
+from wan import describe_transformer
 
 CLOCK = ("seconds", "clips_s", "tokens_s", "mfu")
 SETTINGS = [f"stages.{s}.{f}" for s in ORDER for f in ("steps=24", "batch=4", "clips=16")]
@@ -98,6 +101,8 @@ def main():
     parser.add_argument("--kills", type=int, default=50, help="of each stage, at least")
     parser.add_argument("--stage", choices=ORDER, nargs="+", default=ORDER)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--dit", help="the transformer that the preset wan_tiny starts from")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
     args = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
@@ -109,7 +114,9 @@ def main():
         process.join()
         return process.exitcode
 
-    config = override(tiny(), ["dtype=float32", *SETTINGS, *args.settings])
+    config = preset(args.preset)
+    parts = placed(config, {"dit": describe_transformer(args.dit)} if args.dit else {})
+    config = override(config, ["dtype=float32", *SETTINGS, *args.settings], **parts)
     rng, failed = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:
         whole, seconds = undisturbed(Path(folder) / "whole", config, ORDER, start)
@@ -120,7 +127,7 @@ def main():
             while kills < args.kills:  # a round: killed again and again until the stage is done
                 path = Path(folder) / f"{stage}-{rounds}"
                 run = Run.create(path, config)
-                for need in NEEDS[stage]:
+                for need in run.needs(stage):
                     shutil.copy(whole.weights_file(need), path)
                 while (code := start(path, config, stage, rng.uniform(0.1, latest))) != 0:
                     if code != -signal.SIGKILL:

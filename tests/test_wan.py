@@ -389,15 +389,15 @@ def test_texts_are_dropped_less_and_less():
 
     usual = wan_tiny().stages.base
     changed = replace(usual, text_dropout_start=0.9, text_dropout_steps=100)
-    indices = list(range(4000))
-    for step, share in ((0, 0.9), (50, 0.5), (75, 0.3), (100, 0.1), (900, 0.1)):
-        rows = [Rows(range(4000), 0, "latent", step) for _ in range(2)]
+    indices = list(range(1000))
+    for step, share in ((0, 0.9), (50, 0.5), (100, 0.1), (900, 0.1)):
+        rows = [Rows(range(1000), 0, "latent", step) for _ in range(2)]
         found, as_usual = (
             stages.draw_text(Clips(), indices, x, c)
             for x, c in zip(rows, (changed, usual), strict=True)
         )
         dropped = 1 - found.any(2).any(1).float().mean()
-        assert dropped == pytest.approx(share, abs=0.03)
+        assert dropped == pytest.approx(share, abs=0.05)
         assert rows[0].normal(2).equal(rows[1].normal(2))
         assert step < 100 or found.equal(as_usual)
 

@@ -81,8 +81,8 @@ def tiny_long() -> Config:
         stages=StageConfigs(
             vae=replace(stages.vae, pieces=4),
             encoder=replace(stages.encoder, pieces=4),
-            latent=StageConfig(steps=1800, batch=16, clips=4096, pieces=2),
-            semantic=StageConfig(steps=2000, batch=32),
+            latent=replace(stages.latent, batch=8, pieces=2),
+            semantic=replace(stages.semantic, steps=1400, batch=16),
             base=StageConfig(steps=7500, batch=16, clips=4096, pieces=2),
         ),
     )

@@ -113,14 +113,15 @@ def source_of(stage: str, config: StageConfig, dataset: World | Folder | Cache, 
 def batches(run: Run, progress: Progress, source, rows: Sequence[range]):
     """Yield the batch of each step, from the next one on: the inputs of each of its micro-batches.
 
-    A thread prepares the next batch while the device computes.
+    A thread prepares the next one while a GPU computes; on a CPU it would only be in the way.
     """
 
     def prepare(step: int) -> list[dict[str, Tensor]]:
         draws = (progress.modules.draw(source, progress.rows(part, step)) for part in rows)
         return [pinned(inputs, run.device) for inputs in draws]
 
-    yield from prepared_ahead(prepare, range(progress.step, progress.of))
+    ahead = prepared_ahead if run.device.type == "cuda" else map
+    yield from ahead(prepare, range(progress.step, progress.of))
 
 
 def one_step(run: Run, progress: Progress, batch: list[dict], team: Team) -> dict[str, float]:

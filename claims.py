@@ -23,13 +23,11 @@ PLAN = "text"  # the way text -> plan -> video
 ORACLE = "oracle"  # from the z_sem of the real clip, with its text
 ALONE = "oracle, no text"  # from that z_sem alone
 ABLE = 80.0  # percent, of what an experiment measures, that the whole method has to get right
-SHORT = 0.5  # where the whole recipe would leave nothing to improve
 STEPS = {  # all step budgets, as shares of the preset's steps; 0: a single step
     "full": {},
-    "half": {"latent": SHORT, "semantic": SHORT},
-    "quarter": {"latent": SHORT / 2, "semantic": SHORT / 2},
-    "painter": {"encoder": 0.5, "latent": SHORT},
-    "untrained": {"encoder": 0.0, "latent": SHORT, "semantic": SHORT},
+    "half": {"latent": 0.5, "semantic": 0.5},
+    "quarter": {"latent": 0.25, "semantic": 0.25},
+    "untrained": {"encoder": 0.0},
     "long": {"latent": 0.5, "semantic": 0.5, "base": 0.5},
     "longer": {"base": 2.0},  # four times what "long" gives the base
 }
@@ -200,14 +198,14 @@ DIMS = Experiment(
     able="8",
     arms=(
         *(
-            Arm(name, (), "half", (PLAN, ORACLE), partial(channels, count=count, kind=kind))
+            Arm(name, (), "full", (PLAN, ORACLE), partial(channels, count=count, kind=kind))
             for name, count, kind in (
                 *(("8", 8, "mlp"), ("64", 64, "mlp"), ("none", None, "none")),
                 *(("8 by PCA", 8, "pca"), ("2", 2, "mlp"), ("16", 16, "mlp"), ("4", 4, "mlp")),
             )
         ),
         *(  # at 8 nothing is shifted; the painters are those of above
-            Arm(f"{name}, shifted", (), "half", (PLAN,), partial(shifted, count=count, kind=kind))
+            Arm(f"{name}, shifted", (), "full", (PLAN,), partial(shifted, count=count, kind=kind))
             for name, count, kind in (("64", 64, "mlp"), ("none", None, "none"), ("2", 2, "mlp"))
         ),
     ),
@@ -230,7 +228,7 @@ NOISE = Experiment(
     "Noise on z_sem closes the gap between training and inference (Sec. 3.2).",
     able="tau 0.2",
     arms=tuple(
-        Arm(f"tau {tau:g}", (f"compressor.noise={tau}",), "half", (PLAN, ORACLE))
+        Arm(f"tau {tau:g}", (f"compressor.noise={tau}",), "full", (PLAN, ORACLE))
         for tau in (0.2, 0.0, 1.0, 0.5)
     ),
     claims={
@@ -246,7 +244,7 @@ KL = Experiment(
     "A Gaussian-like space is easier to sample (Sec. 3.2).",
     able="KL 3e-05",
     arms=tuple(
-        Arm(f"KL {weight:g}", (f"compressor.kl_weight={weight}",), "half", (PLAN, ORACLE))
+        Arm(f"KL {weight:g}", (f"compressor.kl_weight={weight}",), "full", (PLAN, ORACLE))
         for weight in (3e-5, 0.0, 1e-3, 3e-4)
     ),
     claims={
@@ -267,10 +265,10 @@ ENCODERS = Experiment(
     arms=tuple(
         Arm(name, settings, steps, (PLAN, ORACLE, ALONE), parts)
         for name, settings, steps, parts in (
-            ("captions", (), "half", None),
-            ("hidden pixels", ("encoder.learns=hidden",), "half", None),
+            ("captions", (), "full", None),
+            ("hidden pixels", ("encoder.learns=hidden",), "full", None),
             ("random", ("stages.encoder.lr=0", "stages.encoder.muon_lr=0"), "untrained", None),
-            ("VAE", (), "half", latents_as_plan),
+            ("VAE", (), "full", latents_as_plan),
         )
     ),
     claims={"captions better than random": "captions - random > 0"},
@@ -293,7 +291,7 @@ REFERENCE = Experiment(
         Arm(
             str(count),
             (),
-            "half",
+            "full",
             ("vae", ALONE, "shuffled, no text"),  # the last one: what is alike by chance
             partial(channels, count=count),
         )
@@ -337,7 +335,7 @@ LIGHTNING = Experiment(
         Arm(
             f"{rate:g} fps",
             ("data.flashes=true", f"data.semantic_fps={rate}"),
-            "painter",
+            "full",
             ("vae", ALONE),
         )
         for rate in (2.0, 8.0, 4.0)

@@ -227,6 +227,10 @@ class WanDiT(nn.Module):
         self.checkpoint = False  # recompute blocks in the backward pass, to save memory
         self.choose_trained()
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.wan.blocks
+
     def choose_trained(self):
         """Freeze what is not to be trained; what Wan does not have always is."""
         trained, new = self.config.train, ("wan.patch_embedding.", "wan.proj_out.")

@@ -158,7 +158,7 @@ def test_bases_of_equal_compute_have_equal_compute():
 def test_what_the_user_sets_is_what_arms_are_relative_to():
     fields = ["encoder.dim=32", "stages.latent.steps=10", "stages.semantic.shift=4"]
     arms = {arm.name: configured(arm, "tiny", fields) for arm in BY_NAME["dims"].arms}
-    assert arms["none"].compressor.channels == 32 and arms["8"].stages.latent.steps == 5
+    assert arms["none"].compressor.channels == 32 and arms["8"].stages.latent.steps == 10
     assert (
         arms["none, shifted"].stages.semantic.shift == 8
         and arms["2, shifted"].stages.semantic.shift == 2

@@ -219,6 +219,7 @@ def test_recomputed_blocks_give_the_same_gradient(begun, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler looks at it
 @pytest.mark.parametrize(("dtype", "accuracy"), [("float32", 1e-5), ("bfloat16", 0.03)])
 def test_a_compiled_network_gives_the_same_gradient(begun, dtype, accuracy):
     """In bfloat16 too, where the compiler once failed and float32 went well."""

@@ -230,12 +230,6 @@ class CrossAttention(nn.Module):
         return self.out(rearrange(attention(rms_norm(q), rms_norm(k), v), "b a n d -> b n (a d)"))
 
 
-def rename_3d_attention(_, tensors: dict[str, Tensor], prefix: str, *__):
-    """Let weights be loaded that were saved when a block's `attention_3d` was called `full`."""
-    for name in [name for name in tensors if name.startswith(f"{prefix}full.")]:
-        tensors[name.replace(f"{prefix}full.", f"{prefix}attention_3d.")] = tensors.pop(name)
-
-
 class Block(nn.Module):
     """Spatial attention, 3D attention, cross-attention, FFN (App. A).
 
@@ -252,7 +246,6 @@ class Block(nn.Module):
         self.cross = CrossAttention(width, heads)
         self.ffn_in = nn.Linear(width, config.ffn * width)
         self.ffn_out = nn.Linear(config.ffn * width, width)
-        self.register_load_state_dict_pre_hook(rename_3d_attention)
 
     def forward(
         self,

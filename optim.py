@@ -52,7 +52,7 @@ class Muon(torch.optim.Muon):
     """torch's Muon with fewer and larger matrix products, and q, k and v apart (our choice)."""
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
             held = [p for p in group["params"] if p.grad is not None]
             for p in held:

@@ -38,7 +38,7 @@ from toy.vae import TinyVAE
 from vae import VideoVAE
 from wan import WanDiT, WanDiTConfig, build_dit, write_released
 
-FORMAT = 1  # of the run folder; raised when older folders can no longer be read
+FORMAT = 2  # of the run folder; raised when older folders can no longer be read
 HELD = {  # the modules that a stage's weights file holds -> the parts of a run that they are
     "vae": {"vae": "vae"},
     "encoder": {"encoder": "encoder"},

@@ -66,7 +66,7 @@ def watch_training(clock: Clock):
     """Put what a step of train.py consists of on a clock."""
     for kind in (VAELearner, EncoderLearner, Painter, Planner):
         clock.watch(kind, "forward", "forward")
-        clock.watch(kind, "draw", BESIDE)  # by a thread, while the device computes
+        clock.watch(kind, "draw", BESIDE)  # with a GPU by a thread, while it computes
     clock.watch(train, "batches", "waiting for the next batch")
     clock.watch(train, "measure_plans", "statistics of z_sem")
     clock.watch(torch.Tensor, "backward", "backward")

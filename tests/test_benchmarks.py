@@ -148,7 +148,7 @@ def test_the_parts_of_steps_and_of_encoding(tmp_path, monkeypatch):
         for handle in handles:
             handle.remove()
     parts = {"forward", "backward", "norm of the gradient", "optimizers", "EMA", "logging"}
-    parts |= {"waiting for the next batch", f"({pipeline.BESIDE})"}
+    parts |= {"waiting for the next batch", pipeline.BESIDE}  # in turn, on a CPU
     for stage in RECIPE:
         assert all(found[stage][name] > 0 for name in parts), (stage, found[stage])
     kinds = pipeline.operators(run, 1)

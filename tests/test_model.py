@@ -10,14 +10,12 @@ in use. Float32 where coordinates are computed, float64 elsewhere; fixed seeds.
 import math
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -719,29 +717,6 @@ def test_a_start_is_the_place_in_the_whole():
 
 
 # --- weights, the compiler, the meta device ----------------------------------------------------
-
-
-@pytest.mark.parametrize("stage", ["latent", "semantic"])
-@torch.no_grad()
-def test_weights_saved_under_the_old_name_of_3d_attention_load_as_they_are(stage):
-    """The shipped ones; what is loaded is left as it was, and what is saved again has new names."""
-    file = load_file(Path(__file__).parents[1] / "assets" / "tiny" / f"{stage}.safetensors")
-    shipped = {name[4:]: x.float() for name, x in file.items() if name.startswith("dit.")}
-    assert sum(".full." in name for name in shipped) == 3 * 4  # qkv, gain, out of four blocks
-    given, model = dict(shipped), DiT(getattr(tiny(), stage))
-    model.load_state_dict(given)
-    assert given.keys() == shipped.keys()
-    found = model.state_dict()
-    assert len(found) == len(shipped)
-    for name, x in shipped.items():
-        assert found[name.replace(".full.", ".attention_3d.")].equal(x), name
-
-    again = DiT(model.config)
-    again.load_state_dict(found)
-    batch = inputs(model.config, side=(4, 4))
-    assert again(**batch).equal(model(**batch))
-    with pytest.raises(RuntimeError, match=r"Missing key.*attention_3d\.out"):
-        again.load_state_dict({n: x for n, x in shipped.items() if n != "blocks.1.full.out.weight"})
 
 
 def test_a_dit_without_windows_is_compiled_as_one_graph():

@@ -204,7 +204,7 @@ def test_the_shown_encoder_is_complete(tmp_path, monkeypatch):
     monkeypatch.setitem(semantic.ENCODERS, "thumbnails", None)  # undone in the end
     settings = [x for x in MICRO if not x.startswith("encoder.")]
     train = ["train.py", "--stage", "latent", "--tiny", "--encoder", tmp_path / "weights"]
-    sample = ["sample.py", "--run", run, "--reference", ROOT / "assets" / "samples.png"]
+    sample = ["sample.py", "--run", run, "--reference", ROOT / "assets" / "samples.webp"]
     for command in (
         [*train, "--out", run, "--set", *settings],
         [*sample, "--out", tmp_path / "out.png"],

@@ -167,11 +167,11 @@ def test_a_folder_that_is_no_run(tmp_path, content):
 
 BROKEN = {
     "empty": b"",
-    "cut off": b'{"format": 1, "conf',
+    "cut off": b'{"format": 2, "conf',
     "a list": b"[]",
     "a foreign object": b'{"name": "another project"}',
-    "no fields": b'{"format": 1, "config": {}}',
-    "fields in a list": b'{"format": 1, "config": []}',
+    "no fields": b'{"format": 2, "config": {}}',
+    "fields in a list": b'{"format": 2, "config": []}',
     "no text": b"\xff\xfe\x00\x80",
 }
 
@@ -186,7 +186,7 @@ def test_a_broken_configuration(tmp_path, content):
 
 def test_a_configuration_of_another_format(run):
     edit(run, format=99)
-    with pytest.raises(UserError, match="format 99, this version reads 1"):
+    with pytest.raises(UserError, match="format 99, this version reads 2"):
         Run.open(run.path)
 
 

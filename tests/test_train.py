@@ -36,7 +36,7 @@ from chain import check_chain
 from data import Folder
 from encode import clips_in_memory
 from flow import shift_time
-from optim import build_optimizers, ema_decay, lr_factor, update_ema
+from optim import Muon, build_optimizers, ema_decay, lr_factor, update_ema
 from plumbing.device import computing, matmul_speed, prepared_ahead
 from plumbing.files import UserError
 from plumbing.folder import write_state
@@ -460,7 +460,7 @@ def test_every_parameter_has_exactly_one_optimizer(trained, stage, optimizer):
     if optimizer == "adamw":
         assert [type(o) for o in optimizers] == [torch.optim.AdamW]
     else:
-        assert [type(o) for o in optimizers] == [torch.optim.AdamW, torch.optim.Muon]
+        assert [type(o) for o in optimizers] == [torch.optim.AdamW, Muon]
         assert matrices and set(held[1]) == matrices
 
 
@@ -512,7 +512,7 @@ def drawn_noise(dit: Shown, data: Tensor) -> Tensor:
 @pytest.mark.parametrize("scale", [0.0, 0.7])
 @pytest.mark.parametrize("stage", ["latent", "base"])
 def test_flow_loss_by_hand(tmp_path, stage, scale):
-    run = one_clip(tmp_path, stage, 300)
+    run = one_clip(tmp_path, stage, 300, f"stages.{stage}.shift=1")  # some t in each quarter
     data = source_for(run, stage, 1).latents([0])[0]
     _, logs, modules = shown(run, stage, scale)
     dit = modules["dit"]
@@ -604,7 +604,7 @@ def test_the_noise_on_plans_is_of_their_deviation_at_that_moment(tmp_path, monke
     run = one_clip(tmp_path, "latent", 64, *settings)
     run.forget("latent")
     train.train(run, ["latent"], few(run), seed=0)
-    said, true = (torch.stack(x) for x in zip(*seen, strict=True))
+    said, true = (torch.stack(x) for x in zip(*seen[:12], strict=True))  # then comes `influence`
     assert (true[-1] / true[0]).log().abs().max() > 0.1  # it does change
     assert (said[::4] / true[::4]).log().abs().max() < 0.25  # another batch, of few clips
 

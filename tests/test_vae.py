@@ -106,7 +106,7 @@ def test_a_residual_block_is_that_of_torchs_convolutions():
 
 def test_kernels_start_orthogonal():
     """As matrices, which is how Muon keeps them: no direction of the output starts out louder."""
-    weight = ResBlock(16).first.weight
+    weight = ResBlock(3, 16).first.weight
     assert weight.shape == (16, 16 * 27)
     assert_close(weight @ weight.T, torch.eye(16))
 

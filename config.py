@@ -53,7 +53,7 @@ def tiny() -> Config:
         stages=StageConfigs(
             vae=StageConfig(steps=850, batch=8, ema=0.99),
             encoder=StageConfig(steps=430, batch=64),
-            latent=StageConfig(steps=1650, batch=16, clips=4096, shift=4.0, text_dropout=0.3),
+            latent=StageConfig(steps=2400, batch=16, clips=4096, shift=4.0, text_dropout=0.3),
             semantic=StageConfig(steps=700, batch=32, clips=4096),
             base=StageConfig(steps=5000, batch=16, clips=4096, shift=4.0),
         ),
@@ -81,8 +81,8 @@ def tiny_long() -> Config:
         stages=StageConfigs(
             vae=replace(stages.vae, pieces=4),
             encoder=replace(stages.encoder, pieces=4),
-            latent=replace(stages.latent, batch=8, pieces=2),
-            semantic=replace(stages.semantic, steps=1400, batch=16),
+            latent=replace(stages.latent, pieces=2),
+            semantic=replace(stages.semantic, steps=2000),
             base=StageConfig(steps=7500, batch=16, clips=4096, pieces=2),
         ),
     )

@@ -192,6 +192,17 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, frame_tokens: Sequence[int]
     return torch.cat(out, 2)
 
 
+def attention_over_time(
+    grids: Sequence[Grid], window: float | None, device: torch.device
+) -> list[Attend]:
+    """Return the 3D attention of even and of odd layers: full, or in windows (Sec. 3.4)."""
+    if window is None:
+        return [attention, attention]
+    streams = [grid.stream for grid in grids]
+    groups = [windows(streams, window, shifted, device) for shifted in (False, True)]
+    return [partial(windowed_attention, groups=each, attend=attention) for each in groups]
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention among tokens; q and k are RMS-normalised (our choice) and rotated."""
 
@@ -335,13 +346,7 @@ class DiT(nn.Module):
         streams = [grid.stream for grid in grids]
         frame_tokens = [stream.tokens for stream in streams for _ in range(stream.frames)]
         spatial = partial(frame_attention, frame_tokens=frame_tokens)
-        window, device = self.config.window, self.type_embedding.device
-        if window is None:
-            return spatial, [attention, attention]
-        groups = [windows(streams, window, shifted, device) for shifted in (False, True)]
-        return spatial, [
-            partial(windowed_attention, groups=each, attend=attention) for each in groups
-        ]
+        return spatial, attention_over_time(grids, self.config.window, self.type_embedding.device)
 
     def forward(
         self,

@@ -25,10 +25,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import Attend, DiT, DiTConfig, Grid, attention, to_tokens
+from model import DiT, DiTConfig, Grid, attention, attention_over_time, to_tokens
 from plumbing.files import UserError, require, write_file
 from plumbing.weights import digest, fill, loading, locate, read_settings, size, tensor_files
-from swin import windowed_attention, windows
 
 TRAINED = ("lora", "attention", "all")
 LORA = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # all but norms, ends
@@ -278,14 +277,6 @@ class WanDiT(nn.Module):
         turned = angles(torch.cat(found), config.wan.head_width)
         return turned.cos().float(), turned.sin().float()
 
-    def who_sees_whom(self, grids: Sequence[Grid]) -> list[Attend]:
-        """Return the self-attention of even and of odd layers (Sec. 3.4)."""
-        if self.config.window is None:
-            return [attention, attention]
-        streams, device = [grid.stream for grid in grids], self.null_text.device
-        shifts = (windows(streams, self.config.window, shifted, device) for shifted in (0, 1))
-        return [partial(windowed_attention, groups=each, attend=attention) for each in shifts]
-
     def forward(
         self,
         z: Tensor,
@@ -298,7 +289,8 @@ class WanDiT(nn.Module):
         """Return the velocity of z, (B, C, T, h, w). The arguments are those of `DiT.forward`."""
         grids = self.config.layout(z.shape[2:], None if context is None else context.shape[2:])
         x = self.join_streams(z, context, keep_context)  # (B, N, D)
-        rotary, attends = self.place(grids, start), self.who_sees_whom(grids)
+        rotary = self.place(grids, start)
+        attends = attention_over_time(grids, self.config.window, self.null_text.device)
         null = nn.functional.pad(self.null_text, (0, 0, 0, text.shape[1] - 1))  # (L, text_dim)
         text = text.float().where(text.any(2).any(1)[:, None, None], null)
         kind = "cpu" if z.is_meta else z.device.type

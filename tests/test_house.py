@@ -25,7 +25,7 @@ TREES = {module: ast.parse(file.read_text()) for module, file in FILES.items()}
 # What the parts may import of ours, besides plumbing. They know nothing of each other.
 PARTS = dict.fromkeys(("flow", "swin", "semantic", "vae", "text", "data"), ()) | {
     "model": ("swin",),
-    "wan": ("swin", "model"),
+    "wan": ("model",),
 }
 FOR_TOY = ("data", "semantic", "vae", "text")  # what a clip is, and the protocols
 CLAIMS = ("experiments", "claims", "conclusions")
@@ -34,7 +34,7 @@ LAST = ("evaluate", *CLAIMS)  # only experiments may import these
 LINES = {  # of a file: a fifth more is the most
     **{"flow": 110, "swin": 175, "model": 330, "semantic": 300, "vae": 160, "text": 120},
     **{"data": 220, "prepare": 90, "stages": 280, "config": 260, "run": 260, "train": 330},
-    **{"sample": 220, "evaluate": 150, "wan": 285, "start": 60},
+    **{"sample": 220, "evaluate": 150, "wan": 280, "start": 60},
 }
 MOST = {"plumbing": 1500, "all": 5200}  # lines of rooms
 FUNCTION_LINES, FORWARD_LINES = 60, 30

@@ -213,8 +213,9 @@ def test_windows_are_dense_attention_with_their_rule_as_a_mask(repository, monke
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     both = [partial(masked, shifted=shifted) for shifted in (0, 1)]
-    monkeypatch.setattr(painter, "who_sees_whom", lambda _: both)
-    assert (found - painter(**given)).abs().max() < 1e-5
+    with monkeypatch.context() as patch:
+        patch.setattr("wan.attention_over_time", lambda *_: both)
+        assert (found - painter(**given)).abs().max() < 1e-5
     full = WanDiT(config_of(repository[0]))
     full.load_state_dict(painter.state_dict())
     assert (found - full(**given)).abs().max() > 1e-3

@@ -7,8 +7,8 @@
 The clock starts before `python train.py --stage all`, in an empty folder, without compiled code of
 earlier runs, and stops when `python sample.py` has written its videos. Then evaluate.py scores 512
 prompts that training has not seen (128 stories of tiny_long); this is not on the clock. For each
-seed the other commit, checked out in a temporary worktree, does the same right after ours: only
-times of one machine and one hour make a ratio. The rows are for RECORDS.md.
+seed the other commit, checked out in a temporary worktree, is timed right after ours: only times of
+one machine and one hour make a ratio. The rows are for RECORDS.md.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def stage_seconds(run: Path) -> dict[str, float]:
     return {line["stage"]: line["seconds"] for line in lines}
 
 
-def from_nothing(tree: Path, preset: str, seed: int, toy: bool) -> dict[str, object]:
-    """Train, sample and score a recipe in a fresh folder; return seconds and exact prompts."""
+def from_nothing(tree: Path, preset: str, seed: int, toy: bool, scored: bool) -> dict[str, object]:
+    """Train, sample and perhaps score a recipe in a fresh folder: seconds and exact prompts."""
     flag, prompts = PRESETS[preset]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -77,16 +77,21 @@ def from_nothing(tree: Path, preset: str, seed: int, toy: bool) -> dict[str, obj
         sampling = call(
             tree, folder, "sample.py", *VIDEOS, "--run", run, "--out", folder / "x.webp"
         )
+        stages = stage_seconds(run)
+        rest = training - sum(stages.values())
+        found = {
+            "seed": seed,
+            "total": training + sampling,
+            "stages": {**stages, "rest": rest, "sampling": sampling},
+        }
+        if not scored:
+            return found
         count = ["--prompts", 4 if toy else prompts, "--plans", "oracle", "--json", scores]
         long = ["--long"] if preset == "tiny_long" else []
         call(tree, folder, "evaluate.py", "--run", run, *count, *long)
         rows = json.loads(scores.read_text())["scores"]
-        stages = stage_seconds(run)
     exact = {name: row["exact"] for name, row in rows.items()}
-    found = {
-        "seed": seed,
-        "total": training + sampling,
-        "stages": {**stages, "rest": training - sum(stages.values()), "sampling": sampling},
+    found |= {
         "exact": next(value for name, value in exact.items() if "text -> plan" in name),
         "never shown": exact["never-shown combinations"],
         "oracle plan, no text": exact["oracle plan, no text"],
@@ -159,7 +164,8 @@ def main():
         found: dict[str, list[dict]] = {name: [] for name in trees}
         for seed in args.seeds:
             for name, tree in trees.items():
-                found[name].append(from_nothing(tree, args.preset, seed, args.toy))
+                row = from_nothing(tree, args.preset, seed, args.toy, scored=tree == ROOT)
+                found[name].append(row)
                 print(f"{name}:", json.dumps(found[name][-1]), flush=True)
                 if args.json:
                     write_json(args.json, {**where, "preset": args.preset, "runs": found})

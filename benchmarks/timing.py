@@ -85,7 +85,7 @@ def told(found: dict[str, object]) -> str:
 
 
 def markdown(rows: Sequence[dict[str, object]]) -> str:
-    """Return rows, of the columns of the first or fewer, as a Markdown table; floats with 3 digits."""
+    """Return rows as a Markdown table; columns are those of the first, floats have 3 digits."""
     if not rows:
         return ""
     shown = lambda x: f"{x:.3g}" if isinstance(x, float) and abs(x) < 1000 else f"{x:,.0f}"  # noqa: E731

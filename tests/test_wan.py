@@ -35,6 +35,7 @@ from test_train import few, metrics, source_for, stop_at, weights
 import flow
 import stages
 import train
+from benchmarks import finetune, wan_step
 from chain import check_chain, point_to
 from config import BLOCK, preset, wan_tiny
 from config import main as config_main
@@ -667,3 +668,28 @@ def test_the_chain_knows_the_base(tmp_path):
             check_chain(run, stage)
     run.forget("base")
     assert not run.has("latent") and not run.has("semantic") and run.has("encoder")
+
+
+# --- the benchmarks, at toy size ------------------------------------------------------------------
+
+
+def test_fine_tuning_against_the_model_trained_on(tmp_path):
+    """All arms start from the same weights, and a second call trains nothing."""
+    first = finetune.one_seed(tmp_path, micro_wan(), 0, [4, 2, 2], 2)
+    assert set(first["scores"]) == {"the start", "SemanticGen", "Base-CT"}
+    assert all("exact" in row for ways in first["scores"].values() for row in ways.values())
+    assert first["steps"][:3] == [4, 2, 2] and first["steps"][3] >= 1
+    tuned = Run.open(tmp_path / "tuned")
+    digests = {tuned.note(stage)["from"]["dit"] for stage in ("latent", "semantic", "base")}
+    assert len(digests) == 1
+    before = {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*.safetensors")}
+    assert finetune.one_seed(tmp_path, micro_wan(), 0, [4, 2, 2], 2) == first
+    assert before == {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("what", ["lora", "attention", "all"])
+def test_a_step_of_the_painter_on_wan(what):
+    dit, shapes = wan_step.sizes(preset("wan"), toy=True)
+    dit = replace(dit, train=what)
+    row = wan_step.measure(dit, shapes, preset("wan").stages.latent, torch.device("cpu"), 1)
+    assert row["seconds"] > 0 and row["tflop"] > 0 and row["share"] > 0

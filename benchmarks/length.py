@@ -17,7 +17,6 @@ does not depend on the length. Last, the arithmetic for the paper's minute: 60 s
 import argparse
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -35,15 +34,12 @@ from data import to_uint8
 from flow import flow_loss
 from model import DiT
 from plumbing.device import default_device
-from plumbing.files import UserError, command, write_file
+from plumbing.files import UserError, command, keep_freed_memory, write_file
 from plumbing.video import write_video
 from swin import Stream, fitting_window, windows
 from toy.vae import TinyVAE
 
 WINDOW = 4.0  # seconds, of the tiny painter
-# glibc hands large blocks back to the kernel at once, which has to clear their pages again for the
-# next ones: in long forward passes that takes as long as the work. The processes keep them instead.
-KEEP = {f"MALLOC_{name}_THRESHOLD_": str(2**34) for name in ("MMAP", "TRIM")}
 DECODED = 15, 60, 240  # seconds of video
 MOST = {  # tokens beyond which a measurement takes too long or too much memory on a small machine
     "full forward": 2**15,
@@ -63,6 +59,7 @@ def peak_memory(device: torch.device) -> int:
 
 def prepare(kind: str, work: str, tokens: int, device: torch.device) -> tuple[Callable, int]:
     """Return a pass over a clip of about so many tokens, and how many they are."""
+    keep_freed_memory(2**30)  # new pages of large blocks would take as long as the work
     config = tiny().latent
     config = replace(config, window=WINDOW if kind == "windows" else None)
     per_second = 16 * config.rate + 16 * config.context_rate  # tokens: 4 x 4 in each frame
@@ -122,7 +119,6 @@ def decode(seconds: float, connection):
 
 def in_a_process(function: Callable, *arguments) -> tuple:
     """Return what a function sends from a process of its own; UserError if it fails."""
-    os.environ.update(KEEP)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=function, args=(*arguments, theirs))

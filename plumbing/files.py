@@ -42,15 +42,16 @@ def lines_of(error: Exception) -> list[str]:
     return str(error).strip().splitlines() or [type(error).__name__]
 
 
-def keep_freed_memory():
-    """Let the C library keep the memory that is freed, for what is allocated next (glibc only).
+def keep_freed_memory(largest: int = 2**25):
+    """Let the C library keep what is freed, for what is allocated next (glibc only).
 
-    Else tensors of each step come as new pages, which takes a fifth of a training step on a CPU.
+    Else tensors of each step come as new pages, which takes a tenth of a training step on a CPU.
+    largest: bytes of a block; some versions take no more than the default.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         trim, top_pad, mmap = -1, -2, -3  # of malloc.h
-        mallopt(mmap, 2**25)  # the largest that it takes
+        mallopt(mmap, largest)
         mallopt(trim, 2**31 - 1)
         mallopt(top_pad, 2**28)
 

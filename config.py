@@ -81,9 +81,9 @@ def tiny_long() -> Config:
         stages=StageConfigs(
             vae=replace(stages.vae, pieces=4),
             encoder=replace(stages.encoder, pieces=4),
-            latent=replace(stages.latent, pieces=2),
-            semantic=replace(stages.semantic, steps=2000),
-            base=StageConfig(steps=7500, batch=16, clips=4096, pieces=2),
+            latent=replace(stages.latent, steps=1800, batch=8, pieces=2),
+            semantic=replace(stages.semantic, steps=2000, batch=16),
+            base=replace(stages.base, pieces=2),
         ),
     )
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -1244,3 +1245,31 @@ def test_clips_are_encoded_once_for_all_stages(tmp_path, monkeypatch):
     assert len(asked) == len(set(asked))
     assert {i for kind, i in asked if kind == "features"} == set(range(8))
     assert {i for kind, i in asked if kind == "latents"} == set(range(4))
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has such settings")
+def test_freed_memory_stays_with_the_process():
+    """Where tensors come and go together, far fewer new pages are needed."""
+    code = """
+import resource, sys, torch
+from plumbing.files import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def pages(rounds):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        several = [torch.ones(2**20) for _ in range(8)]
+        del several
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+pages(3)
+print(pages(10))
+"""
+    found = [
+        subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, check=True)
+        for how in ("keep", "as it is")
+    ]
+    kept, usual = (int(x.stdout) for x in found)
+    assert kept < usual / 10, (kept, usual)

@@ -252,7 +252,7 @@ def measured_cost() -> dict[str, dict[str, list[float]]]:
     script = Path(__file__).parent / "benchmarks" / "length.py"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "length.json"
-        words = ["--json", file, "--out", file.with_suffix(".png"), "--repeat", ROUNDS]
+        words = ["--json", file, "--out", file.with_suffix(".png"), "--rounds", ROUNDS]
         words += ["--tokens", *TOKENS, "--only", "full forward", "windows forward"]
         subprocess.run([sys.executable, script, *map(str, words)], check=True)
         return growths(read_json(file))

@@ -31,7 +31,7 @@ class CompressorConfig:
     kind: str = "mlp"  # or fixed ones, to compare: "pca"; "none", the features as they are
     channels: int = 8  # K: the paper tries 64 and 8, and 8 is best (Table 3)
     hidden: int = 256
-    kl_weight: float = 3e-5  # of the KL, summed over channels; larger ones kill the plan
+    kl_weight: float = 3e-5  # of the KL, summed over channels (results/kl)
     log_variance: float = -4.0  # where the log-variance starts: low, or the posterior collapses
     noise: float = 0.2  # tau: noise on z_sem of tau * |N(0, 1)| times its deviation, as in RAE
 

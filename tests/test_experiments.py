@@ -7,6 +7,7 @@ import html
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_run import MICRO, call
 
 import conclusions
 import experiments
+from benchmarks import length
 from claims import EXPERIMENTS, Arm, latents_as_plan
 from conclusions import bootstrap, conclude, judge, line_of, read_results, slug, terms_of
 from config import tiny
@@ -181,6 +183,21 @@ def test_growth_per_doubling_is_read_from_the_benchmark():
     assert found["full"]["growth"] == pytest.approx([2, 4])
     assert found["windows"]["growth"] == pytest.approx([2])
     assert found["tokens"]["per plan token"][0] > 1
+
+
+def test_the_cost_is_what_the_benchmark_writes(monkeypatch):
+    """Its command line is the benchmark's; the measuring is left out."""
+
+    def here(words, check):
+        monkeypatch.setattr(sys, "argv", words[1:])
+        length.main()
+
+    fixed = lambda names, tokens, *_: {n: [(t, t / 1000, t) for t in tokens] for n in names}  # noqa: E731
+    monkeypatch.setattr(length, "measured", fixed)
+    monkeypatch.setattr(length, "DECODED", ())
+    monkeypatch.setattr(experiments.subprocess, "run", here)
+    scores = experiments.measured_cost()
+    assert scores["full"]["growth"] == scores["windows"]["growth"] == pytest.approx([2, 2, 2])
 
 
 # --- what is shared -----------------------------------------------------------------------------

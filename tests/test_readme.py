@@ -16,6 +16,7 @@ import semantic
 import train
 from config import main, shapes, tiny, wan_tiny
 from plumbing.fields import field_types, flat_fields
+from plumbing.files import read_json
 from settings import Config, override
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,14 @@ def test_link_leads_somewhere(page, target):
 def test_readme_links_every_page():
     for page in PAGES.keys() - {"README.md"}:
         assert f"]({page})" in PAGES["README.md"]
+
+
+def test_verdicts_are_those_of_the_results():
+    rows = re.findall(
+        r"^\| `(\w+)` \| [^|]* \| (\w[\w ]*\w)[:;] ", PAGES["README.md"], re.MULTILINE
+    )
+    kept = (read_json(file) for file in (ROOT / "results").glob("*/conclusion.json"))
+    assert dict(rows) == {found["experiment"]: found["verdict"] for found in kept}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -1252,7 +1252,7 @@ def test_clips_are_encoded_once_for_all_stages(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has such settings")
 def test_freed_memory_stays_with_the_process():
-    """Where tensors come and go together, far fewer new pages are needed."""
+    """Where blocks of this size come as new pages by default, they need none any more."""
     code = """
 import resource, sys, torch
 from plumbing.files import keep_freed_memory
@@ -1267,8 +1267,11 @@ def pages(rounds):
 pages(3)
 print(pages(10))
 """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # the default at the start
     found = [
-        subprocess.run([sys.executable, "-c", code, how], cwd=ROOT, capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-c", code, how], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+        )
         for how in ("keep", "as it is")
     ]
     kept, usual = (int(x.stdout) for x in found)

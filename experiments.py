@@ -147,7 +147,7 @@ def stage_key(config: Config, stage: str, seed: int) -> str:
         name: value
         for name, value in flat_fields(config).items()
         if (name.split(".")[0] in USED[stage] or name.startswith((f"stages.{stage}.", "dtype")))
-        and not (name.endswith(FREE) and not name.endswith(".steps"))
+        and (name.endswith(".steps") or not name.endswith(FREE))
         and not (stage in ("vae", "base") and name.startswith("data.semantic"))
     }
     below = [stage_key(config, need, seed) for need in needs(config, stage)]
@@ -308,8 +308,7 @@ class Job:
         found = read_json(self.file)
         old = {"prompts": found["prompts"], **flat_fields(from_fields(found["config"]))}
         new = {"prompts": self.options.prompts, **flat_fields(self.config), "dtype": old["dtype"]}
-        changed = [name for name in differences(old, new) if ".compile" not in name]
-        if changed:
+        if changed := [x for x in differences(old, new) if ".compile " not in x]:
             raise UserError(
                 f"{self.file} is of other settings ({', '.join(changed[:3])}): give another --out, "
                 "or remove it"

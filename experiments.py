@@ -13,7 +13,6 @@ once: remove `--runs` after changes of the code.
 
 import argparse
 import json
-import math
 import platform
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -236,26 +235,18 @@ def hardware() -> str:
     return f"{name}{device}, {torch.get_num_threads()} threads"
 
 
-def growths(found: dict[str, list]) -> dict[str, dict[str, list[float]]]:
-    """Return by how much each doubling multiplies the seconds that benchmarks/length.py found."""
-    scores = {}
-    for name in ("full", "windows"):
-        rows = found[f"{name} forward"]
-        each = [(b[1] / a[1]) ** (1 / math.log2(b[0] / a[0])) for a, b in pairwise(rows)]
-        scores[name] = {"growth": each}
-    few = shapes(paper(), 60)["latent tokens per plan token"]
-    return scores | {"tokens": {"per plan token": [few]}}
-
-
 def measured_cost() -> dict[str, dict[str, list[float]]]:
-    """Run benchmarks/length.py, and return its `growths`."""
+    """Run benchmarks/length.py: by how much each doubling multiplies the seconds."""
     script = Path(__file__).parent / "benchmarks" / "length.py"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "length.json"
         words = ["--json", file, "--out", file.with_suffix(".png"), "--rounds", ROUNDS]
         words += ["--tokens", *TOKENS, "--only", "full forward", "windows forward"]
         subprocess.run([sys.executable, script, *map(str, words)], check=True)
-        return growths(read_json(file))
+        found = read_json(file)["growth"]
+    few = shapes(paper(), 60)["latent tokens per plan token"]
+    scores = {name: {"growth": found[f"{name} forward"]} for name in ("full", "windows")}
+    return scores | {"tokens": {"per plan token": [few]}}
 
 
 # --- results ------------------------------------------------------------------------------------
@@ -411,6 +402,7 @@ def run_all(experiments: Sequence[Experiment], options: Options):
 
 
 def main():
+    versions()  # the commit that runs, not one of later
     what, options = arguments()
     if what == ["report"]:
         report(options.out)

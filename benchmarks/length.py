@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -59,7 +60,6 @@ def peak_memory(device: torch.device) -> int:
 
 def prepare(kind: str, work: str, tokens: int, device: torch.device) -> tuple[Callable, int]:
     """Return a pass over a clip of about so many tokens, and how many they are."""
-    keep_freed_memory(2**30)  # new pages of large blocks would take as long as the work
     config = tiny().latent
     config = replace(config, window=WINDOW if kind == "windows" else None)
     per_second = 16 * config.rate + 16 * config.context_rate  # tokens: 4 x 4 in each frame
@@ -86,12 +86,14 @@ def prepare(kind: str, work: str, tokens: int, device: torch.device) -> tuple[Ca
 
 def clock(kind: str, work: str, lengths: list[int], rounds: int, device, connection):
     """In a process of its own: send {tokens: seconds of each round} of passes taken in turn."""
+    keep_freed_memory(2**30)  # new pages of large blocks would take as long as the work
     passes = (prepare(kind, work, tokens, device) for tokens in lengths)
     connection.send(in_turn({tokens: one_pass for one_pass, tokens in passes}, rounds, device))
 
 
 def weigh(kind: str, work: str, tokens: int, device: torch.device, connection):
     """In a process of its own: send the most bytes that one pass takes."""
+    keep_freed_memory(2**30)  # as there
     one_pass, _ = prepare(kind, work, tokens, device)
     before = peak_memory(device)
     one_pass()
@@ -152,23 +154,24 @@ def measured(
     return found
 
 
+def growth(rows: list[tuple], column: int = 1) -> list[float]:
+    """Return by how much each doubling of the tokens multiplies a column: row over row before."""
+    each = []
+    for before, after in pairwise(rows):
+        doublings = math.log2(after[0] / before[0])
+        each.append((after[column] / max(1e-9, before[column])) ** (1 / doublings))
+    return each
+
+
 def table(found: dict[str, list]) -> str:
     """Return the measurements, and by how much each doubling of the length multiplies them."""
     lines = ["| | tokens | seconds | per doubling | MB | per doubling |", "|---" * 6 + "|"]
-    most: dict[str, float] = {}
     for name, rows in found.items():
-        for before, (tokens, seconds, memory) in zip([None, *rows], rows, strict=False):
-            growth = ["", ""]
-            if before:
-                doublings = math.log2(tokens / before[0])
-                growth = [
-                    (now / then) ** (1 / doublings)
-                    for now, then in ((seconds, before[1]), (memory, max(1, before[2])))
-                ]
-                most[name] = max(growth[0], most.get(name, 0.0))
-                growth = [f"{x:.2f}" for x in growth]
-            cells = [name, tokens, f"{seconds:.3f}", growth[0], f"{memory / 1e6:.0f}", growth[1]]
+        slower, larger = (["", *(f"{x:.2f}" for x in growth(rows, column))] for column in (1, 2))
+        for (tokens, seconds, memory), time_, memory_ in zip(rows, slower, larger, strict=False):
+            cells = [name, tokens, f"{seconds:.3f}", time_, f"{memory / 1e6:.0f}", memory_]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
+    most = {name: max(growth(rows)) for name, rows in found.items() if len(rows) > 1}
     lines += ["", *(f"{name}: at most {x:.2f} times per doubling" for name, x in most.items())]
     full, windowed = (
         dict(x[:2] for x in found.get(f"{kind} forward", ())) for kind in ("full", "windows")
@@ -257,7 +260,8 @@ def main():
     print("\n" + minute())
     plot(found, args.out)
     if args.json:
-        write_json(args.json, found | {"decoded": decoded})
+        growths = {name: growth(rows) for name, rows in found.items()}
+        write_json(args.json, found | {"growth": growths, "decoded": decoded})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,12 @@ except ImportError:  # not on Windows: there nothing tells a second process
     fcntl = None
 
 
+@lru_cache
 def versions() -> dict[str, str]:
-    """Return what a reader needs to repeat a run: versions of the libraries and our commit."""
+    """Return what a reader needs to repeat a run: versions of the libraries and our commit.
+
+    The commit is that of the first call: a process runs what it has read by then.
+    """
     commit = ""
     if shutil.which("git"):
         command = ["git", "describe", "--always", "--dirty"]

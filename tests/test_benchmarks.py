@@ -181,6 +181,12 @@ def test_shares_add_up_to_the_whole():
     ]
 
 
+def test_growth_is_per_doubling():
+    rows = [(1000, 1.0, 5), (2000, 2.0, 5), (8000, 32.0, 5)]
+    assert length.growth(rows) == pytest.approx([2, 4])
+    assert length.growth(rows, 2) == pytest.approx([1, 1]) and length.growth(rows[:1]) == []
+
+
 def test_lengths_at_toy_size():
     found = length.measured(["windows forward"], [1024, 2048], 1, CPU)
     assert [row[0] for row in found["windows forward"]] == [960, 2112]

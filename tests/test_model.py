@@ -582,6 +582,21 @@ def test_rms_norm_is_torchs(dtype, tolerance):
     assert_close(rms_norm(x), F.rms_norm(x, (16,), eps=1e-6), tolerance)
 
 
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 2e-2)]
+)
+def test_norm_on_a_cpu_and_its_gradient_are_those_of_the_plain_one(dtype, tolerance, monkeypatch):
+    scales = torch.tensor([1e-4, 1.0, 1e3])[:, None, None]  # at the first one 1e-6 counts
+    x = (randn(3, 5, 16) * scales).to(dtype).mT.contiguous().mT.requires_grad_()
+    g, found = randn(3, 5, 16, seed=1).to(dtype), []
+    for compiling in (False, True):  # what is compiled has the plain one
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda now=compiling: now)
+        y = rms_norm(x)
+        found.append((y, torch.autograd.grad(y, x, g)[0] * scales))
+    for ours, plain in zip(*found, strict=True):
+        assert_close(ours, plain, tolerance)
+
+
 def test_timestep_waves_differ_for_times_a_thousandth_apart():
     """From slow waves, that tell 0 from 1, to fast ones, that tell one step from the next."""
     features = timestep_waves(torch.linspace(0, 1, 1001))

@@ -55,6 +55,7 @@ class Experiment:
     asks: dict[str, str] = field(default_factory=dict)
     able: str = ""  # the side of a rule that has to reach ABLE, or nothing is concluded
     preset: str = "tiny"
+    seeds: int = 2  # with fewer nothing is decided
     shows: tuple[str, ...] = ("exact", "number", "colour", "shape", "motion")
 
 
@@ -322,19 +323,20 @@ COST = Experiment(
             "painter | tokens | per plan token > 15"
         ),
     },
+    seeds=1,  # it times one machine
     shows=("growth", "per plan token"),
 )
 
 LIGHTNING = Experiment(
     "lightning",
     "A low semantic rate loses fast events (Fig. 14, App. B.3).",
-    able="8 fps | vae | flash",
+    able="8 fps | oracle, no text | flash",
     arms=tuple(
         Arm(
             f"{rate:g} fps",
             ("data.flashes=true", f"data.semantic_fps={rate}"),
             "full",
-            ("vae", ALONE),
+            ("vae", ALONE, "shuffled, no text"),  # the last one: flashes by chance
         )
         for rate in (2.0, 8.0, 4.0)
     ),
@@ -360,7 +362,7 @@ LONG = Experiment(
     arms=(
         Arm("plan"),
         Arm(SWIN, ways=("base",), compute=1.0),
-        Arm(FULL, ("latent.window=none",), ways=("base",), compute=1.0),
+        Arm(FULL, ("latent.window=none", "stages.base.pieces=1"), ways=("base",), compute=1.0),
         Arm(LONGER, ways=("base",), compute=4.0),
     ),
     claims={

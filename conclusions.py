@@ -21,7 +21,7 @@ RULE = (
     "that its rule names, not supported where it lies on the other, else undecided. An experiment "
     "is supported if all its claims are, not supported if one is not, and undecided where the "
     f"whole method itself gets less than {ABLE:g} % right. Intervals are bootstraps over prompts "
-    "and seeds."
+    "and seeds; one seed decides nothing."
 )
 RESAMPLES = 10_000  # of the bootstrap
 TITLE = "The paper's claims in miniature"
@@ -87,8 +87,11 @@ def scores_of(results: Results, side: str) -> dict[int, np.ndarray]:
     }
 
 
-def judge(says: str, rule: str, results: Results) -> dict:
-    """Return a claim's difference with its interval and the verdict, by the rule; or "not run"."""
+def judge(says: str, rule: str, results: Results, least: int = 2) -> dict:
+    """Return a claim's difference with its interval and the verdict, by the rule; or "not run".
+
+    least: fewer seeds decide nothing, since nobody knows how far they are from each other.
+    """
     sides, comparison, limit = terms_of(rule)
     terms = [(sign, scores_of(results, side)) for sign, side in sides]
     seeds = sorted(set.intersection(*(set(found) for _, found in terms)))
@@ -96,6 +99,8 @@ def judge(says: str, rule: str, results: Results) -> dict:
     if not seeds:
         return {**said, "verdict": "not run"}
     found = interval(sum(sign * np.stack([x[seed] for seed in seeds]) for sign, x in terms))
+    if len(seeds) < least:
+        return {**said, **found, "verdict": "undecided"}
     order = ["not supported", "supported"][:: 1 if comparison == ">" else -1]
     sure = order[0] if found["high"] < limit else "undecided"
     return {**said, **found, "verdict": order[1] if found["low"] > limit else sure}
@@ -121,7 +126,8 @@ def rows_of(experiment: Experiment, results: Results) -> Iterator[dict]:
                 values = np.stack([each[seed] for seed in sorted(each)])
                 seeds = [round(float(x), 2) for x in np.nanmean(values, 1)]
                 scores[name] = {**interval(values), "seeds": seeds}
-        side = ("base",) if way.startswith("base") else RECIPE[1:]  # the VAE is everybody's
+        plans = (*RECIPE[1:], "base")  # the VAE is everybody's; the base is there where they start
+        side = ("base",) if way.startswith("base") else plans
         flops = sum(found[min(found)].get("flops", {}).get(stage, 0) for stage in side)
         facts = [x.get("facts", {}) for x in found.values()]
         means = {k: round(float(np.mean([fact[k] for fact in facts])), 2) for k in facts[0]}
@@ -132,7 +138,10 @@ def rows_of(experiment: Experiment, results: Results) -> Iterator[dict]:
 def conclude(experiment: Experiment, results: Results) -> dict:
     """Return the verdict on an experiment, and all numbers that are shown of it."""
     every = [found for seeds in results.values() for found in seeds.values()]
-    claims = [judge(*claim, results) for claim in experiment.claims.items()]
+    claims, asks = (
+        [judge(*claim, results, experiment.seeds) for claim in kind.items()]
+        for kind in (experiment.claims, experiment.asks)
+    )
     able = {}
     if experiment.able and (whole := scores_of(results, experiment.able)):
         able = {"side": experiment.able, "mean": round(float(np.nanmean([*whole.values()])), 2)}
@@ -142,7 +151,7 @@ def conclude(experiment: Experiment, results: Results) -> dict:
         "verdict": verdict_of(claims, able),
         "able": able,
         "claims": claims,
-        "asks": [judge(*claim, results) for claim in experiment.asks.items()],
+        "asks": asks,
         "seeds": [min(map(len, results.values())), max(map(len, results.values()))],
         "prompts": every[0]["prompts"],
         "preset": every[0]["preset"],
@@ -166,7 +175,8 @@ def told(claim: dict) -> str:
     """Return a judged claim in words."""
     if claim["verdict"] == "not run":
         return f"not run: {claim['says']}"
-    return "{verdict}: {says} ({mean:+.1f}, {low:.1f} to {high:.1f})".format(**claim)
+    few = ", one seed" if claim["seeds"] == 1 else ""
+    return "{verdict}: {says} ({mean:+.1f}, {low:.1f} to {high:.1f}{0})".format(few, **claim)
 
 
 def line_of(c: dict) -> str:

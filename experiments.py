@@ -288,7 +288,8 @@ class Job:
         self.file = options.out / experiment.name / f"{slug(arm.name)}.{seed}.json"
         self.preset = options.preset or experiment.preset
         self.config = configured(arm, self.preset, options.settings)
-        if self.config.dtype == "auto":
+        self.chosen = self.config.dtype == "auto"  # the faster one of this machine
+        if self.chosen:
             self.config = replace(self.config, dtype=dtype_of(options.runs))
 
     @property
@@ -298,7 +299,8 @@ class Job:
             return False
         found = read_json(self.file)
         old = {"prompts": found["prompts"], **flat_fields(from_fields(found["config"]))}
-        new = {"prompts": self.options.prompts, **flat_fields(self.config), "dtype": old["dtype"]}
+        new = {"prompts": self.options.prompts, **flat_fields(self.config)}
+        new |= {"dtype": old["dtype"]} if self.chosen else {}
         if changed := [x for x in differences(old, new) if ".compile " not in x]:
             raise UserError(
                 f"{self.file} is of other settings ({', '.join(changed[:3])}): give another --out, "

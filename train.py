@@ -288,7 +288,8 @@ def arguments() -> argparse.Namespace:
     start = "of planner and painter: from nothing, or from the run's base, trained first"
     parser.add_argument("--start", choices=STARTS, help=start)
     parser.add_argument("--attention", choices=["full", "swin"], help=attention)
-    parser.add_argument("--fresh", action="store_true", help="train the stages named anew")
+    fresh = "train the stages named anew; what was trained on them is removed, too"
+    parser.add_argument("--fresh", action="store_true", help=fresh)
     parser.add_argument("--shard", action="store_true", help="FSDP2: weights in shares")
     parser.add_argument("--tensorboard", action="store_true", help="metrics for TensorBoard too")
     add_part_flags(parser)

@@ -6,8 +6,9 @@
 For each seed: the transformer learns text to video from nothing (stage `base`) and is written as a
 released one. From it start, by --dit, painter and planner, and Base-CT (Table 2): the same model
 trained on without a plan, for as many steps as take as long as painter and planner together. A
-command that was stopped goes on. Scores are those of evaluate.py, beside it the seconds of each
-stage, in OUT/SEED/scores.json; a table of all seeds is printed.
+command that was stopped goes on. VAE and encoder are not counted: a real run takes them released.
+Scores are those of evaluate.py, beside it the seconds of each stage, in OUT/SEED/scores.json; a
+table of all seeds is printed.
 """
 
 import argparse
@@ -21,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import evaluate
 import train
 from config import preset
-from plumbing.files import command, write_file
+from plumbing.fields import flat_fields
+from plumbing.files import UserError, command, read_json, write_file
 from plumbing.metrics import read_metrics
 from run import Run, export
 from settings import Config, override
@@ -56,7 +58,14 @@ def scored(run: Run, file: Path, prompts: int, *flags: str) -> dict:
 
 
 def one_seed(out: Path, config: Config, seed: int, steps: list[int], prompts: int) -> dict:
-    """Train all arms with one seed and return their scores, and the seconds of each stage."""
+    """Train all arms with one seed and return their scores, and the seconds of each stage.
+
+    UserError if what is in the folder was made with other steps, prompts or fields.
+    """
+    asked = {"steps": steps, "prompts": prompts, "config": flat_fields(config)}
+    if (file := out / "asked.json").exists() and read_json(file) != json.loads(json.dumps(asked)):
+        raise UserError(f"{out} was made with other steps, prompts or fields: give another --out")
+    write_file(file, json.dumps(asked).encode())
     first = override(config, [f"stages.base.steps={steps[0]}"])
     start = trained(out / "start", first, ["encoder", "base"], seed)
     export(start.path, out / "released")

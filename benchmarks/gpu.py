@@ -6,7 +6,7 @@
 
 Needs torch 2.11 or newer and the core packages; no weights, which are random here, no data and no
 network. Each part is a process of its own with a limit of time: what it has found until then is
-kept, and the others do not suffer. bfloat16, and compiled where training can be.
+kept, and the others do not suffer. bfloat16; the painter of `step` is compiled.
 
     peak     matrix products, the yardstick of all shares
     step     a training step of the `paper` painter, real shapes, with recomputation and without
@@ -119,8 +119,8 @@ def peak(device: torch.device, toy: bool) -> Rows:
 def step(device: torch.device, toy: bool) -> Rows:
     """A training step of the painter; where memory does not suffice, with fewer blocks."""
     best = matmul_peak(device, "bfloat16", sizes=(256,) if toy else ())
-    for recompute in ("true", "false"):
-        for depth in (1,) if toy else (30, 15, 8, 4):
+    for recompute, depths in ("true", (30, 15, 8, 4)), ("false", (8, 4)):
+        for depth in (1,) if toy else depths:
             settings = [f"latent.depth={depth}", "stages.latent.batch=1"]
             settings += [
                 f"stages.latent.compile={not toy}",
@@ -257,7 +257,8 @@ def sample(device: torch.device, toy: bool) -> Rows:
     run, frames = Run(Path("none"), config, device), config.data.frames
     text = torch.randn(1, config.text.words, config.text.dim, device=device)
     run.compressor = Compressor(config.encoder.dim, config.compressor).to(device)
-    run.planner = DiT(config.semantic).to(device).eval()
+    with device:  # a CPU takes long for so many random weights
+        run.planner = DiT(config.semantic).eval()
     plan = torch.randn(1, config.compressor.channels, *config.plan_grid(frames), device=device)
     works = {"planner": lambda n: sample_plans(run, text, [0], frames, n)}
     works["painter"] = lambda n: paint_latents(run, text, [0], plan, frames, n)
@@ -265,21 +266,21 @@ def sample(device: torch.device, toy: bool) -> Rows:
     for name, euler in works.items():
         if name == "painter":
             del run.planner
-            run.painter = DiT(config.latent).to(device).eval()
+            with device:
+                run.painter = DiT(config.latent).eval()
         euler(replace(config.sample, steps=1))  # warms up
         seconds = seconds_of(lambda: euler(replace(config.sample, steps=2)), device) / 2  # noqa: B023
         whole += seconds * config.sample.steps
         yield row(f"sample, {name}: an Euler step", seconds, "s")
+    what = f"sample: {config.data.seconds:g} s, planner and painter of {config.sample.steps} steps"
+    yield row(what, whole, "s")
     run.let_go()
     try:
         seconds = decoding(config, device, toy)
     except ImportError:
         yield row("sample, Wan's VAE", "diffusers is not installed")
-        seconds = 0.0
     else:
         yield row("sample, Wan's VAE: decoding", seconds, "s")
-    what = f"sample: {config.data.seconds:g} s, planner and painter of {config.sample.steps} steps"
-    yield row(f"{what}{', decoded' if seconds else ''}", whole + seconds, "s")
 
 
 def decoding(config: Config, device: torch.device, toy: bool) -> float:

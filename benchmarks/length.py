@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
-from benchmarks.timing import in_turn, write_json
+from benchmarks.timing import in_turn, machine, told, write_json
 from config import clip_frames, paper, shapes, tiny, tiny_long
 from data import to_uint8
 from flow import flow_loss
@@ -248,7 +248,9 @@ def main():
         args.tokens, args.rounds = [1024, 2048], 1
     if min(args.tokens) < 1024 or args.rounds < 1:
         raise UserError("--tokens: at least 1024 each; --rounds: at least 1")
-    found = measured(args.only, sorted(args.tokens), args.rounds, default_device())
+    device = default_device()
+    print(told(machine(device)))
+    found = measured(args.only, sorted(args.tokens), args.rounds, device)
     print("\n" + table(found))
     print("\n| decoded and written, .mp4 | seconds | MB |\n|---|---|---|")
     decoded = {

@@ -6,7 +6,7 @@
 
 The clock starts before `python train.py --stage all`, in an empty folder, without compiled code of
 earlier runs, and stops when `python sample.py` has written its videos. Then evaluate.py scores 512
-prompts that training has not seen (128 stories of tiny_long); this is not on the clock. For each
+prompts of clips that training has not seen (128 stories of tiny_long), off the clock. For each
 seed the other commit, checked out in a temporary worktree, is timed right after ours: only times of
 one machine and one hour make a ratio. The rows are for RECORDS.md.
 """
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.timing import machine, markdown, matmul_peak, write_json
+from benchmarks.timing import machine, markdown, matmul_peak, told, write_json
 from plumbing.device import default_device
 from plumbing.files import UserError, check_target, command
 
@@ -157,10 +157,12 @@ def main():
     sizes = (256,) if args.toy else ()
     peaks = {x: matmul_peak(device, x, sizes=sizes) for x in ("float32", "bfloat16")}
     where = {**machine(device), "peaks": peaks}
+    print(told(machine(device)))
     with contextlib.ExitStack() as stack:
         trees = {where["commit"]: ROOT}
         if args.against:
-            trees[args.against] = stack.enter_context(checked_out(args.against))
+            name = args.against if args.against not in trees else f"{args.against}, again"
+            trees[name] = stack.enter_context(checked_out(args.against))
         found: dict[str, list[dict]] = {name: [] for name in trees}
         for seed in args.seeds:
             for name, tree in trees.items():

@@ -244,7 +244,9 @@ def measured(case: Case, compile: bool, rounds: int, device: torch.device) -> li
         flops[name] = count_flops(copy.deepcopy(task).to("meta"), inputs)
         task, inputs = task.to(device), moved(inputs, device)
         fused = name != "ours" and faster_kernels(task, inputs, device, case.dtype)
-        kernels[name] = "fused" if fused else "as in training" if name == "ours" else "plain"
+        kernels[name] = "as in training" if name == "ours" else "fused" if fused else "plain"
+        if device.type == "cuda":
+            kernels[name] = "torch's choice"
         works |= works_of(name, task, inputs, device, case.dtype, fused)
         if compile:
             twin, label = compiled(name, task), f"{name}, compiled"

@@ -9,6 +9,7 @@ forward and backward, recomputation not counted. A table, and with --json its nu
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -50,6 +51,9 @@ def sizes(config: Config, toy: bool):
 
 def measure(dit, shapes: dict, stage: StageConfig, device: torch.device, steps: int) -> dict:
     """Return seconds of a step (the best), GB at most in use, share of the peak."""
+    gc.collect()  # the last one's
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     with torch.device("meta"):
         flops = count_flops(Loss({"dit": build_dit(dit)}), draw(shapes, "meta"))
     with device:

@@ -105,6 +105,23 @@ def test_a_verdict_follows_its_limit(other, rule, verdict):
     assert judged["mean"] == judged["low"] == judged["high"] == 100 - other
 
 
+def test_one_seed_decides_nothing():
+    one = results_of(ours=[[100] * 8], other=[[0] * 8] * 2)
+    assert judge("", "ours - other > 0", one)["verdict"] == "undecided"
+    assert judge("", "ours - other > 0", one, least=1)["verdict"] == "supported"
+    assert "100.0 to 100.0, one seed)" in conclusions.told(judge("x", "ours - other > 0", one))
+
+
+def test_who_starts_from_the_base_has_its_compute_too():
+    scores = {"scores": {"text": {"exact": [100.0] * 4}, "base": {"exact": [50.0] * 4}}}
+    own = {"encoder": 1e12, "latent": 2e12, "semantic": 4e12}
+    flops = {"base, quarter": own | {"base": 8e12}, "scratch, quarter": own}
+    flops |= {"the base": {"base": 8e12}}
+    found = {arm: {0: {**scores, "flops": each}} for arm, each in flops.items()}
+    rows = {row["arm"]: row["TFLOP"] for row in conclusions.rows_of(BY_NAME["start"], found)}
+    assert rows == {"base, quarter": 15, "scratch, quarter": 7, "the base": 8}
+
+
 def test_sides_are_added_and_prompts_without_a_score_left_out():
     found = results_of(a=[[100, None, 50]], b=[[0, None, 50]], c=[[25, None, 25]])
     judged = judge("", "a + b | text - c | text | exact > 0", found)
@@ -255,6 +272,8 @@ def test_a_second_call_runs_what_is_missing_and_nothing_else(made, tmp_path, mon
     assert run_stub(*words, "tau 0", "--prompts", "2") == 2
     error = capsys.readouterr().err
     assert re.search("tau-0.0.json is of other settings .prompts 4 -> 2.*remove it", error)
+    assert run_stub(*words, "tau 0", "--set", *MICRO, "dtype=bfloat16") == 2
+    assert "other settings (dtype float32 -> bfloat16)" in capsys.readouterr().err
 
 
 def test_what_another_process_runs_is_left_to_it(tmp_path, monkeypatch):

@@ -684,6 +684,8 @@ def test_fine_tuning_against_the_model_trained_on(tmp_path):
     before = [x.stat().st_mtime_ns for x in trained]
     assert finetune.one_seed(tmp_path, micro_wan(), 0, [4, 2, 2], 2) == first
     assert before == [x.stat().st_mtime_ns for x in trained]
+    with pytest.raises(UserError, match="other steps, prompts or fields: give another --out"):
+        finetune.one_seed(tmp_path, micro_wan(), 0, [4, 2, 2], 4)
 
 
 @pytest.mark.parametrize("what", ["lora", "attention", "all"])

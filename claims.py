@@ -124,6 +124,7 @@ PLANS = Experiment(
     },
 )
 
+DEEPER = "base x 1, 4 blocks"  # at equal compute
 BASE = Experiment(
     "base",
     "On a par with the base model at equal training (Table 1).",
@@ -135,6 +136,7 @@ BASE = Experiment(
             Arm(f"base x {x:g}", ways=("base", "base, guidance 3"), compute=x, line="base")
             for x in (1.0, 0.5, 2.0)
         ),
+        Arm(DEEPER, ("latent.depth=4",), ways=("base", "base, guidance 3"), compute=1.0),
     ),
     claims={
         "on a par at equal compute": "full - base x 1 | base > -5",
@@ -142,6 +144,7 @@ BASE = Experiment(
     },
     asks={
         "better at equal compute": "full - base x 1 | base > 0",
+        "better than a base of twice the blocks, fewer steps": f"full - {DEEPER} | base > 0",
         "better than a base of twice the compute": "full - base x 2 | base > 0",
     },
 )

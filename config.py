@@ -81,8 +81,8 @@ def tiny_long() -> Config:
         stages=StageConfigs(
             vae=replace(stages.vae, pieces=4),
             encoder=replace(stages.encoder, pieces=4),
-            latent=replace(stages.latent, steps=1800, batch=8, pieces=2),
-            semantic=replace(stages.semantic, steps=2000, batch=16),
+            latent=replace(stages.latent, steps=2600, batch=8, pieces=2),
+            semantic=replace(stages.semantic, steps=2800, batch=8),
             base=replace(stages.base, pieces=2),
         ),
     )

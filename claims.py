@@ -141,10 +141,11 @@ BASE = Experiment(
     claims={
         "on a par at equal compute": "full - base x 1 | base > -5",
         "on a par with the base at guidance 3": "full - base x 1 | base, guidance 3 > -5",
+        "on a par with a base of twice the blocks, half the steps": f"full - {DEEPER} | base > -5",
     },
     asks={
         "better at equal compute": "full - base x 1 | base > 0",
-        "better than a base of twice the blocks, fewer steps": f"full - {DEEPER} | base > 0",
+        "better than a base of twice the blocks, half the steps": f"full - {DEEPER} | base > 0",
         "better than a base of twice the compute": "full - base x 2 | base > 0",
     },
 )
@@ -357,7 +358,8 @@ LIGHTNING = Experiment(
     shows=("flash", "calm", "number", "motion"),
 )
 
-SWIN, FULL, LONGER = "Base-CT-Swin", "base, full attention", "Base-CT-Swin, 4 times as long"
+SWIN, FULL = "Base-CT-Swin", "base, full attention"
+DEEP, LONGER = f"{SWIN}, 4 blocks", f"{SWIN}, 4 times as long"
 LONG = Experiment(
     "long",
     "Long videos of SemanticGen drift less than those of Base-CT-Swin (Table 2).",
@@ -366,6 +368,7 @@ LONG = Experiment(
         Arm("plan"),
         Arm(SWIN, ways=("base",), compute=1.0),
         Arm(FULL, ("latent.window=none", "stages.base.pieces=1"), ways=("base",), compute=1.0),
+        Arm(DEEP, ("latent.depth=4",), ways=("base",), compute=1.0),
         Arm(LONGER, ways=("base",), compute=4.0),
     ),
     claims={
@@ -379,7 +382,7 @@ LONG = Experiment(
         f"more events happen as told than by the {arm}": (
             f"plan | text | event - {arm} | base | event > 0"
         )
-        for arm in (FULL, LONGER)
+        for arm in (FULL, DEEP, LONGER)
     },
     preset="tiny_long",
     shows=("exact", "number", "colour", "shape", "story", "event", "drift"),

@@ -129,8 +129,9 @@ def paper() -> Config:
         semantic_width=840,
     )
     wan = dict(width=1536, depth=30, heads=12, ffn=6, time_features=False)
-    usual = StageConfig(
-        steps=10000, batch=8, lr=1e-4, optimizer="adamw", warmup=1000, final_lr=0.1, ema=0.9999
+    usual = StageConfig(  # one clip at a time, its blocks recomputed: for one large GPU
+        **dict(steps=10000, batch=8, accumulate=8, checkpoint=True),
+        **dict(lr=1e-4, optimizer="adamw", warmup=1000, final_lr=0.1, ema=0.9999),
     )
     return override(
         config,
@@ -159,9 +160,7 @@ def wan() -> Config:
     dropped at first, so that the painter learns to listen to a plan that it has never seen.
     """
     config = paper()
-    usual = replace(
-        config.stages.latent, steps=5000, accumulate=8, checkpoint=True, warmup=100, ema=0.999
-    )
+    usual = replace(config.stages.latent, steps=5000, warmup=100, ema=0.999)
     return override(
         config,
         preset="wan",
@@ -229,7 +228,7 @@ def clip_frames(config: Config, seconds: float) -> int:
 def shapes(config: Config, seconds: float) -> dict[str, object]:
     """Return shapes and numbers of tokens of a video of about that length, by name."""
     frames = clip_frames(config, seconds)
-    data = replace(config.data, frames=frames)
+    data = config.data.of_length(frames)
     plan = config.plan_grid(frames)
     painted, planned = config.latent_tokens(frames), config.plan_tokens(frames)
     return {

@@ -54,6 +54,10 @@ class DataConfig:
         """Length of a clip."""
         return self.frames / self.fps
 
+    def of_length(self, frames: int) -> "DataConfig":
+        """Return the same for videos of so many frames; their events are another matter."""
+        return replace(self, frames=frames, events=1)
+
     def shorter(self, pieces: int) -> "DataConfig":
         """Return the same for clips of 1 / pieces of the length; UserError if it does not fit."""
         if self.frames % pieces:
@@ -191,6 +195,10 @@ class Folder:
             except UserError as error:
                 first = first or error
         raise UserError(f"{self.path}: no video can be used; the first: {first}")
+
+    def of_length(self, frames: int) -> "DataConfig":
+        """Return the same for videos of so many frames; their events are another matter."""
+        return replace(self, frames=frames, events=1)
 
     def shorter(self, pieces: int) -> "Folder":
         """Return the same videos in clips of 1 / pieces of the length."""

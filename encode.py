@@ -110,9 +110,10 @@ def encode_folder(
         tokens = run.text.encode([caption])[0]
         tokens = tokens[: int(tokens.any(1).sum())]  # without padding, whose rows are zero
         texts.append(tokens.to("cpu", stored, copy=True))
-    if rank == 0 and not (out / NULL_TEXT).exists():
-        null = run.text.null().to("cpu", stored, copy=True)
-        write_file(out / NULL_TEXT, save({"tokens": null}))
+    if rank == 0 and (todo or not (out / NULL_TEXT).exists()):
+        null = save({"tokens": run.text.null().to("cpu", stored, copy=True)})
+        if not (out / NULL_TEXT).exists() or (out / NULL_TEXT).read_bytes() != null:
+            write_file(out / NULL_TEXT, null)  # it may be of other weights
     run.let_go()
     for (name, caption), text in zip(tqdm(todo, "encoding", disable=not todo), texts, strict=True):
         clips = clips_of(folder / name, caption, run.config.data)

@@ -13,6 +13,7 @@ run keeps their place and digest). Parts that do not belong together are never u
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -46,9 +47,8 @@ HELD = {  # the modules that a stage's weights file holds -> the parts of a run 
     "semantic": {"dit": "planner"},
     "base": {"dit": "base"},
 }
-FREE = (  # ends of fields that may change while a run is trained
-    *(".steps", ".weights", ".chunk"),
-    *(".accumulate", ".compile", ".checkpoint", ".preview_every"),  # how, not what
+FREE = (  # ends of fields that may change while a run is trained: how, not what
+    *(".steps", ".weights", ".chunk", ".accumulate", ".compile", ".checkpoint", ".preview_every"),
 )
 ASSETS = Path(__file__).parent / "assets" / "tiny"  # the shipped tiny weights, themselves a run
 
@@ -129,6 +129,8 @@ class Run:
         for name in [stage, *(s for s in ORDER if stage in self.needs(s))]:
             self.weights_file(name).unlink(missing_ok=True)
             self.state_file(name).unlink(missing_ok=True)
+        if stage in ("vae", "encoder"):
+            shutil.rmtree(self.path / "cache", ignore_errors=True)  # what they have encoded
 
     def save(self, stage: str, tensors: dict[str, Tensor], note: dict):
         """Write a stage's weights; note: their steps, their data, and what else is to be known."""

@@ -135,12 +135,11 @@ class Config:
 
     def latent_grid(self, frames: int | None = None) -> tuple[int, int, int]:
         """Return (T, h, w) of the VAE latents of a video of `frames`, or of the trained length."""
-        return self.vae.grid(*replace(self.data, frames=frames or self.data.frames).size)
+        return self.vae.grid(*self.data.of_length(frames or self.data.frames).size)
 
     def plan_grid(self, frames: int | None = None) -> tuple[int, int, int]:
         """Return (S, hs, ws) of z_sem, likewise."""
-        data = replace(self.data, frames=frames or self.data.frames)
-        return self.encoder.grid(*data.semantic_size)
+        return self.encoder.grid(*self.data.of_length(frames or self.data.frames).semantic_size)
 
     def latent_tokens(self, frames: int | None = None) -> int:
         """Return how many tokens a video's latents are."""
@@ -221,7 +220,11 @@ def check_sizes(data, vae, encoder, latent: Network, semantic: Network):
                 TinyVAE(replace(vae, blocks=1))  # all blocks are of one size
         for dit, grid in ((latent, latents), (semantic, plan)):
             grids = dit.layout(grid, plan if dit.context_channels else None)
-            windows([each.stream for each in grids], dit.window, shifted=False)
+            longer = 1 + math.ceil(
+                (dit.window or 0) / data.seconds
+            )  # windows of longer videos, too
+            streams = [each.stream._replace(frames=longer * each.frames) for each in grids]
+            windows(streams, dit.window, shifted=False)
     except (ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
         raise UserError(f"sizes do not fit: {str(error).splitlines()[0]}") from None
 

@@ -299,15 +299,20 @@ def set_up(modules: nn.ModuleDict, config: StageConfig):
                 block.compile()
 
 
+def spread(source, most: int) -> list[int]:
+    """Return the indices of so many clips, evenly spaced: neighbours may come of one film."""
+    count = min(most, len(source))
+    return [k * len(source) // count for k in range(count)]
+
+
 def some_captions(stage: str, source) -> list[str]:
-    """Return the first captions, enough to hold all usual words, for the stage that reads them."""
-    return source.captions(range(min(4096, len(source)))) if stage == "encoder" else []
+    """Return captions, enough to hold all usual words, for the stage that reads them."""
+    return source.captions(spread(source, 4096)) if stage == "encoder" else []
 
 
 def some_features(run, clips, tokens: int) -> Tensor:
-    """Return features (clips, d, S, hs, ws) of the first clips, about so many tokens."""
-    enough = max(1, tokens // run.config.plan_tokens())
-    return clips.features(range(min(len(clips), enough))).to(run.device)
+    """Return features (clips, d, S, hs, ws) of some clips, about so many tokens."""
+    return clips.features(spread(clips, max(1, tokens // run.config.plan_tokens()))).to(run.device)
 
 
 def work(run, progress, source, rows: Sequence[range]) -> dict[str, float]:

@@ -41,7 +41,7 @@ from plumbing.progress import Progress
 from run import HELD, Run
 from sample import show_stage
 from settings import STARTS, Config, StageConfig, override
-from stages import ORDER, RECIPE, USES, measured, some_features, work
+from stages import ORDER, RECIPE, USES, measured, some_features, spread, work
 from start import begin
 from toy.world import World
 
@@ -89,8 +89,8 @@ def train_stage(run: Run, stage: str, dataset, clips: Callable, seed: int, team:
             if progress.step % SAVE_EVERY == 0 or stop or done or shown:
                 progress.save(run.state_file(stage), team)  # before the weights, which need it
             if stop:
-                saved = run.state_file(stage)
-                reporter.bar.write(f"stopped; saved {saved}: the same command goes on from it")
+                saved = f"stopped; saved {run.state_file(stage)}: the same command goes on from it"
+                reporter.bar.write(f"{saved} (without --fresh)")
                 sys.exit(130)
             if shown and not done:
                 write_ema(run, progress, source, team)
@@ -220,7 +220,7 @@ def write_ema(run: Run, progress: Progress, source, team: Team):
         tensors = {name: x for name, x in ema.items() if name.split(".")[0] in HELD[stage]}
         tensors = {name: x.to(run.device) for name, x in tensors.items()}
         if stage == "vae":
-            video = to_float(source.batch(range(min(512, len(source)))).video)
+            video = to_float(source.batch(spread(source, 512)).video)
             tensors = measured(run.config, stage, tensors, video.to(run.device))
         if stage == "latent":
             tensors = measured(run.config, stage, tensors, some_features(run, source, 2**16))
@@ -262,10 +262,10 @@ def train(
 
     check_order(run, stages, team.say)
     for stage in stages:
-        missing = [need for need in run.needs(stage) if not run.finished(need)]
-        if missing:
-            names = " and ".join(missing)
-            team.say(f"{stage} needs {names} first: training {names}")
+        both = ("vae", "encoder") if stage in USES and isinstance(dataset, Folder) else ()
+        needs = dict.fromkeys((*(x for x in both if not run.released(x)), *run.needs(stage)))
+        if missing := [need for need in needs if not run.finished(need)]:
+            team.say("{0} needs {1} first: training {1}".format(stage, " and ".join(missing)))
         for each in (*missing, stage):
             train_stage(run, each, dataset, clips, seed, team, board)
 

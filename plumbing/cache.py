@@ -214,11 +214,14 @@ def start_cache(
     """Start a cache, or go on with it; return the videos that this process is to encode.
 
     header: {"key", "parts", "shapes": of one clip's tensors, "videos": [(name, caption), ...]}.
-    UserError if `out` has another key.
+    UserError if `out` has another key, or no video of these.
     """
     index = out / "cache.json"
     if index.exists():
-        refuse_other(out, read_header(out)["key"], header["key"])
+        made = read_header(out)
+        refuse_other(out, made["key"], header["key"])
+        if {x[0] for x in made["videos"]}.isdisjoint(x[0] for x in header["videos"]):
+            raise UserError(f"{out} holds other videos' clips: name another folder, or remove it")
     header = {"format": FORMAT, **header}
     sealed = json.dumps({"hash": hash_of(header), **header}, indent=1).encode()
     if rank == 0:

@@ -37,6 +37,8 @@ def list_videos(folder: Path) -> list[tuple[Path, str]]:
     videos = [p for p in files if p.suffix.lower() in VIDEOS]
     missing = texts.keys() - {p.with_suffix("") for p in videos}  # what has them is read, or named
     videos += [p for p in files if p.with_suffix("") in missing and p.suffix.lower() != ".txt"]
+    folders = {p for p in videos if p.is_dir()}  # of images: each is one video
+    videos = [p for p in videos if not folders.intersection(p.parents)]
     if not videos:
         raise UserError(f"{folder}: neither captions.jsonl nor any video is in it")
     beside = {name: read_text(file) for name, file in texts.items()}

@@ -104,6 +104,7 @@ class Reporter:
             disable=not team.first,
         )
         self.clock = self.lap = time.perf_counter()
+        self.counted = progress.step  # at the last lap
 
     def after_step(self, now: dict[str, float], every: int):
         """Count a step; write a line after `every` steps and the last. now: values of now."""
@@ -113,7 +114,7 @@ class Reporter:
         if progress.step % every and progress.step < progress.of:
             return
         if self.team.first:
-            each = (clock - self.lap) / len(progress.pending)
+            each = (clock - self.lap) / (progress.step - self.counted)
             rates = {name: amount / each for name, amount in self.a_step.items()}
             timings = {"seconds": progress.seconds, **rates}
             line = self.metrics.write(progress.step, progress.pending, now, timings)
@@ -124,7 +125,7 @@ class Reporter:
                     f"warning: step {progress.step}: the plan has died (KL is 0); lower kl_weight"
                 )
         progress.pending.clear()
-        self.lap = clock
+        self.lap, self.counted = clock, progress.step
 
     def finish(self):
         """Draw the curves."""

@@ -62,7 +62,8 @@ def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
     """Yield the frames of an image or an animation, as `frames_by_av` does."""
     until = 0  # milliseconds
     with open_image(path) as file:
-        for image in ImageSequence.Iterator(file):
+        # The second picture of a phone's photograph (MPO) is of its depth or light.
+        for image in [file] if file.format == "MPO" else ImageSequence.Iterator(file):
             check_size(*image.size)  # a later frame may be larger
             picture = image.copy()  # decodes, which also sets the duration
             until += image.info.get("duration") or 100  # players take 0 for 100 ms

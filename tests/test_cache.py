@@ -262,6 +262,17 @@ def test_a_finished_cache_is_left_alone(tmp_path, run, folder, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
+def test_a_folder_of_other_videos_does_not_replace_what_is_there(tmp_path, run, folder):
+    made(folder, tmp_path / "cache", run)
+    before, other = tree(tmp_path / "cache"), write_folder(tmp_path / "other", 2)
+    names = (other / "captions.jsonl").read_text().replace("clips/", "more/")
+    (other / "captions.jsonl").write_text(names)
+    (other / "clips").rename(other / "more")
+    with pytest.raises(UserError, match="holds other videos' clips: name another folder"):
+        made(other, tmp_path / "cache", run)
+    assert tree(tmp_path / "cache") == before
+
+
 def test_three_processes_at_once(tmp_path, run, folder):
     """Each with its share, as torchrun starts them."""
     made(folder, tmp_path / "one", run)
@@ -457,8 +468,8 @@ CHANGES = {  # what is done to the folder, and the videos that are encoded for i
         lambda x: write_captions(x, *captions(x), ("clips/0.webp", "b")),
         ["clips/0.webp"],
     ),
-    "one film alone, of another name": (
-        lambda x: (rename_film(x), write_captions(x, captions(x)[0])),
+    "two films alone, one of another name": (
+        lambda x: (rename_film(x), write_captions(x, *captions(x)[:2])),
         ["new.webp"],
     ),
 }

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import PRESETS, tiny
+from config import PRESETS, shapes, tiny
 from model import DiT, DiTConfig
 from plumbing.fields import build, field_types, flat_fields, parse_value
 from plumbing.files import UserError
@@ -111,6 +111,20 @@ def test_no_settings_change_nothing():
     assert override(TINY, []) == TINY
 
 
+def test_a_window_that_only_longer_videos_need_is_checked_as_well():
+    with pytest.raises(UserError, match=r"a window of 3\.0 s, and half of it, must"):
+        override(TINY, ["latent.window=3"])
+
+
+def test_an_encoder_that_could_not_be_built_is_refused():
+    with pytest.raises(UserError, match="dim 100: must divide by 16"):
+        override(TINY, ["encoder.dim=100"])
+
+
+def test_videos_too_short_for_the_events_have_sizes():
+    assert shapes(PRESETS["tiny_long"](), 1.0)["video"][1] == 8
+
+
 # --- settings that fit -------------------------------------------------------------------------
 
 
@@ -123,7 +137,7 @@ def test_no_settings_change_nothing():
         ("sample.guidance=3", "sample.guidance", 3.0),
         ("latent.time_features=False", "latent.time_features", False),
         ("latent.time_features=true", "latent.time_features", True),
-        ("semantic.window=2.5", "semantic.window", 2.5),
+        ("semantic.window=4.0", "semantic.window", 4.0),
         ("semantic.window=None", "semantic.window", None),
         ("stages.latent.optimizer=adamw", "stages.latent.optimizer", "adamw"),
         ("dtype=float32", "dtype", "float32"),

@@ -341,6 +341,16 @@ def test_videos_are_known_by_their_usual_names(tmp_path, suffix):
     assert list_videos(tmp_path) == [(tmp_path / f"a{suffix}", "a dog runs")]
 
 
+def test_frames_of_a_captioned_folder_are_no_videos(tmp_path):
+    for folder in ("clip", "more"):  # more.txt is not there
+        (tmp_path / folder).mkdir()
+        for k in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{k}.webp")
+    (tmp_path / "clip.txt").write_text("a dog runs")
+    assert list_videos(tmp_path)[0] == (tmp_path / "clip", "a dog runs")
+    assert [file.parent.name for file, _ in list_videos(tmp_path)[1:]] == ["more"] * 3
+
+
 def test_what_has_a_caption_is_read_or_named(tmp_path):
     """By any name; but not what lies beside a video of that name, and no notes."""
     write_animation(tmp_path / "a.webp", [1000])

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ from optim import Muon, build_optimizers, ema_decay, lr_factor, update_ema
 from plumbing.device import computing, matmul_speed, prepared_ahead
 from plumbing.files import UserError
 from plumbing.folder import write_state
-from plumbing.metrics import Metrics
+from plumbing.metrics import Metrics, Reporter
 from plumbing.processes import Team
 from plumbing.progress import Progress
 from plumbing.seeds import Rows
@@ -353,6 +354,22 @@ def test_a_single_line_of_metrics_is_seen_in_its_curve(tmp_path):
     PLOT(metrics)
     seen = Image.open(tmp_path / "loss.png").convert("HSV").getchannel("S")
     assert seen.getextrema()[1] > 100  # all else is black, white or grey
+
+
+def test_rates_are_of_the_steps_since_the_last_line(tmp_path, monkeypatch):
+    """Also in the first line after going on: earlier steps' values are in it, not their time."""
+    progress = SimpleNamespace(stage="vae", of=100, step=12, seconds=0.0)
+    progress.pending = [{"loss": 0.5}] * 12
+    clock = itertools.count(0, 0.5)
+    told = SimpleNamespace(perf_counter=lambda: next(clock))
+    monkeypatch.setattr("plumbing.metrics.time", told)
+    reporter = Reporter(progress, tmp_path, SimpleNamespace(first=True), {"clips_s": 10})
+    for _ in range(8):
+        progress.step += 1
+        progress.pending.append({"loss": 0.5})
+        reporter.after_step({}, 20)
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line["step"] == 20 and line["clips_s"] == pytest.approx(20)
 
 
 def test_statistics_normalise_latents_and_plans(trained):
@@ -1083,6 +1100,18 @@ def test_a_preview_is_not_its_stage_finished(trained, tmp_path, capsys):
     assert run.finished("latent") and run.finished("semantic")
     check_chain(run, "semantic")
     assert_equal(weights(run, "latent"), weights(trained, "latent"))
+
+
+def test_the_base_on_a_folder_has_all_that_its_cache_needs_trained_first(tmp_path, capsys):
+    """And what is begun anew has its clips encoded anew."""
+    write_clips(tmp_path / "videos", "one", "two")
+    run = Run.create(tmp_path / "run", micro())
+    videos = Folder(tmp_path / "videos", run.config.data)
+    train.train(run, ["base"], videos, seed=0)
+    assert "base needs vae and encoder first" in capsys.readouterr().out
+    run.forget("vae")
+    train.train(run, ["base"], videos, seed=1)
+    assert run.finished("base")
 
 
 @pytest.mark.parametrize("stage", ["vae", "latent", "semantic", "base"])

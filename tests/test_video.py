@@ -129,6 +129,14 @@ def test_images_are_turned_as_their_exif_asks(tmp_path, suffix, orientation):
         check_quarters(look(path), turned(*matrix[orientation - 1]), 60)
 
 
+def test_a_phones_second_picture_is_not_shown(tmp_path):
+    """MPO: a photograph, and in the same file what its light or depth was."""
+    first, second = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (64, 32), "blue")
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
+    red, _, blue = read_video(tmp_path / "a.jpg", [0, 0.15, 1], 32, 32).float().mean((1, 2, 3))
+    assert red > 250 and blue < 5
+
+
 def test_motion_jpeg_with_exif(tmp_path):
     """ffmpeg passes EXIF on in a form that PyAV has no name for."""
     exif = Image.Exif()

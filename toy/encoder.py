@@ -41,8 +41,8 @@ class TinyEncoderConfig:
     def __post_init__(self):
         if self.learns not in ("captions", "hidden"):
             raise ValueError(f"encoder.learns={self.learns}: choose captions or hidden")
-        if self.dim < 4 or self.dim % 4 or self.heads < 1 or self.dim % self.heads:
-            raise ValueError(f"dim {self.dim}: must divide by 4 and by the {self.heads} heads")
+        if self.dim < 16 or self.dim % 16 or self.heads < 1 or self.dim % self.heads:
+            raise ValueError(f"dim {self.dim}: must divide by 16 and by the {self.heads} heads")
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return (S, hs, ws); ValueError names the multiples that fit."""

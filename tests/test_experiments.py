@@ -204,6 +204,7 @@ def test_the_cost_is_what_the_benchmark_writes(monkeypatch):
     fixed = lambda names, tokens, *_: {n: [(t, t / 1000, t) for t in tokens] for n in names}  # noqa: E731
     monkeypatch.setattr(length, "measured", fixed)
     monkeypatch.setattr(length, "DECODED", ())
+    monkeypatch.setattr(length, "machine", lambda _: {})
     monkeypatch.setattr(experiments.subprocess, "run", here)
     scores = experiments.measured_cost()
     assert scores["full"]["growth"] == scores["windows"]["growth"] == pytest.approx([2, 2, 2])

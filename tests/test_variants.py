@@ -79,7 +79,7 @@ def test_plans_of_fixed_compressors_have_unit_variance(kind):
     [
         (["compressor.kind=lda"], "compressor.kind=lda: choose mlp, pca, none"),
         (["compressor.kind=none"], "of 128 features it cannot make 8"),
-        (["compressor.kind=pca", "encoder.dim=16", "compressor.channels=17"], "of 16 features it cannot"),
+        (["compressor.kind=pca", "encoder.dim=16", "compressor.channels=17"], "it cannot make 17"),
         (["encoder.learns=audio"], "encoder.learns=audio: choose captions or hidden"),
     ],
 )

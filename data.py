@@ -196,10 +196,6 @@ class Folder:
                 first = first or error
         raise UserError(f"{self.path}: no video can be used; the first: {first}")
 
-    def of_length(self, frames: int) -> "DataConfig":
-        """Return the same for videos of so many frames; their events are another matter."""
-        return replace(self, frames=frames, events=1)
-
     def shorter(self, pieces: int) -> "Folder":
         """Return the same videos in clips of 1 / pieces of the length."""
         return Folder(self.path, self.config.shorter(pieces), self.warn) if pieces > 1 else self

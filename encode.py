@@ -27,7 +27,7 @@ from plumbing.cache import (
 from plumbing.captions import list_videos
 from plumbing.device import computing
 from plumbing.fields import build_field, flat_fields
-from plumbing.files import UserError, write_file
+from plumbing.files import UserError, update_file
 from plumbing.processes import Team
 from plumbing.video import READER
 from run import Run
@@ -111,9 +111,8 @@ def encode_folder(
         tokens = tokens[: int(tokens.any(1).sum())]  # without padding, whose rows are zero
         texts.append(tokens.to("cpu", stored, copy=True))
     if rank == 0 and (todo or not (out / NULL_TEXT).exists()):
-        null = save({"tokens": run.text.null().to("cpu", stored, copy=True)})
-        if not (out / NULL_TEXT).exists() or (out / NULL_TEXT).read_bytes() != null:
-            write_file(out / NULL_TEXT, null)  # it may be of other weights
+        null = run.text.null().to("cpu", stored, copy=True)
+        update_file(out / NULL_TEXT, save({"tokens": null}))  # it may be of other weights
     run.let_go()
     for (name, caption), text in zip(tqdm(todo, "encoding", disable=not todo), texts, strict=True):
         clips = clips_of(folder / name, caption, run.config.data)

@@ -220,10 +220,9 @@ def check_sizes(data, vae, encoder, latent: Network, semantic: Network):
                 TinyVAE(replace(vae, blocks=1))  # all blocks are of one size
         for dit, grid in ((latent, latents), (semantic, plan)):
             grids = dit.layout(grid, plan if dit.context_channels else None)
-            longer = 1 + math.ceil(
-                (dit.window or 0) / data.seconds
-            )  # windows of longer videos, too
-            streams = [each.stream._replace(frames=longer * each.frames) for each in grids]
+            # As long as takes more than one window: a longer video may be asked for.
+            times = 1 + math.ceil((dit.window or 0) / data.seconds)
+            streams = [each.stream._replace(frames=times * each.frames) for each in grids]
             windows(streams, dit.window, shifted=False)
     except (ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
         raise UserError(f"sizes do not fit: {str(error).splitlines()[0]}") from None

@@ -63,7 +63,7 @@ def one_seed(out: Path, config: Config, seed: int, steps: list[int], prompts: in
     UserError if what is in the folder was made with other steps, prompts or fields.
     """
     asked = {"steps": steps, "prompts": prompts, "config": flat_fields(config)}
-    if (file := out / "asked.json").exists() and read_json(file) != json.loads(json.dumps(asked)):
+    if (file := out / "asked.json").exists() and read_json(file) != asked:
         raise UserError(f"{out} was made with other steps, prompts or fields: give another --out")
     write_file(file, json.dumps(asked).encode())
     first = override(config, [f"stages.base.steps={steps[0]}"])

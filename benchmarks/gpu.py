@@ -121,11 +121,9 @@ def step(device: torch.device, toy: bool) -> Rows:
     best = matmul_peak(device, "bfloat16", sizes=(256,) if toy else ())
     for recompute, depths in ("true", (30, 15, 8, 4)), ("false", (8, 4)):
         for depth in (1,) if toy else depths:
-            settings = [f"latent.depth={depth}"]
-            settings += ["stages.latent.batch=1", "stages.latent.accumulate=1"]
-            settings += [
-                f"stages.latent.compile={not toy}",
-                f"stages.latent.checkpoint={recompute}",
+            settings = [
+                *(f"latent.depth={depth}", "stages.latent.batch=1", "stages.latent.accumulate=1"),
+                *(f"stages.latent.compile={not toy}", f"stages.latent.checkpoint={recompute}"),
             ]
             config = sizes(toy, paper(), *settings)
             name = f"{depth} blocks, {'with' if recompute == 'true' else 'no'} recomputation"

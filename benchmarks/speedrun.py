@@ -156,8 +156,9 @@ def main():
     args, device = arguments(), default_device()
     sizes = (256,) if args.toy else ()
     peaks = {x: matmul_peak(device, x, sizes=sizes) for x in ("float32", "bfloat16")}
-    where = {**machine(device), "peaks": peaks}
-    print(told(machine(device)))
+    here = machine(device)
+    where = {**here, "peaks": peaks}
+    print(told(here))
     with contextlib.ExitStack() as stack:
         trees = {where["commit"]: ROOT}
         if args.against:

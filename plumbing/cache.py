@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from plumbing.fields import differences
-from plumbing.files import UserError, first_line, read_json, sweep, write_file
+from plumbing.files import UserError, first_line, read_json, sweep, update_file, write_file
 from plumbing.weights import digest
 
 FORMAT = 2  # of the folder; raised when older ones can no longer be read
@@ -227,8 +227,7 @@ def start_cache(
     if rank == 0:
         sweep(out)
         sweep(out / "videos")
-        if not index.exists() or index.read_bytes() != sealed:
-            write_file(index, sealed)
+        update_file(index, sealed)
     mine = list(dict.fromkeys(header["videos"]))[rank::processes]  # each once
     todo = [video for video in mine if not is_current(out, header, folder, *video)]
     for video in todo:  # until they are encoded anew, the cache is not finished

@@ -125,6 +125,12 @@ def write_file(path: Path, data: bytes):
         file.write(data)
 
 
+def update_file(path: Path, data: bytes):
+    """Write a file, unless it holds this already."""
+    if not path.exists() or path.read_bytes() != data:
+        write_file(path, data)
+
+
 def check_target(path: Path, folder: bool = False):
     """Raise UserError where a file, or a folder of them, could not be written when all is done."""
     there = next(p for p in (path, *path.parents, Path()) if p.exists())

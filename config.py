@@ -93,6 +93,7 @@ def small() -> Config:
     config = tiny()
     sides = dict.fromkeys(("height", "width", "semantic_height", "semantic_width"), 64)
     wide = dict(width=384, depth=8, heads=6, space_cycles=4.0)
+    usual = dict(lr=1e-3, clips=32768, ema=0.9995, compile=True)
     return override(
         config,
         preset="small",
@@ -104,9 +105,9 @@ def small() -> Config:
         stages=StageConfigs(
             vae=StageConfig(steps=4000, batch=32, lr=1e-3),
             encoder=StageConfig(steps=6000, batch=128, lr=1e-3),
-            latent=StageConfig(steps=20000, batch=64, lr=1e-3, clips=32768, ema=0.9995),
-            semantic=StageConfig(steps=10000, batch=128, lr=1e-3, clips=32768, ema=0.9995),
-            base=StageConfig(steps=30000, batch=64, lr=1e-3, clips=32768, ema=0.9995),
+            latent=StageConfig(steps=20000, batch=64, **usual),
+            semantic=StageConfig(steps=10000, batch=128, **usual),
+            base=StageConfig(steps=30000, batch=64, **usual),
         ),
     )
 
@@ -130,7 +131,7 @@ def paper() -> Config:
     )
     wan = dict(width=1536, depth=30, heads=12, ffn=6, time_features=False)
     usual = StageConfig(  # one clip at a time, its blocks recomputed: for one large GPU
-        **dict(steps=10000, batch=8, accumulate=8, checkpoint=True),
+        **dict(steps=10000, batch=8, accumulate=8, checkpoint=True, compile=True),
         **dict(lr=1e-4, optimizer="adamw", warmup=1000, final_lr=0.1, ema=0.9999),
     )
     return override(
@@ -160,7 +161,7 @@ def wan() -> Config:
     dropped at first, so that the painter learns to listen to a plan that it has never seen.
     """
     config = paper()
-    usual = replace(config.stages.latent, steps=5000, warmup=100, ema=0.999)
+    usual = replace(config.stages.latent, steps=5000, warmup=100, ema=0.999, compile=False)
     return override(
         config,
         preset="wan",
@@ -269,7 +270,8 @@ def memory(config: Config, trained: str, seconds: Sequence[float]) -> dict[str, 
     for length in seconds:
         frames = clip_frames(config, length)
         tokens = config.latent_tokens(frames) + config.plan_tokens(frames)
-        kept = 2 * config.latent.wan.depth + BLOCK[trained]  # each block's input, and one block
+        # Of each block its input and what its self-attention gave; and one block.
+        kept = 4 * config.latent.wan.depth + BLOCK[trained]
         activations = tokens * config.latent.wan.width * kept / 1e9
         found[f"activations, {length:g} s, GB"] = activations
         found[f"all of it, {length:g} s, GB"] = activations + sum(states.values())

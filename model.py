@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from swin import Stream, windowed_attention, windows
 
@@ -187,6 +186,9 @@ def rms_norm(x: Tensor) -> Tensor:
     """Scale the last axis to unit root mean square: (..., D) -> (..., D)."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return NormOnCPU.apply(x)  # torch's own is several times slower in bf16
+    if x.is_cuda:
+        with torch.autocast("cuda", enabled=False):  # which would compute in float32 from here on
+            return F.rms_norm(x, x.shape[-1:], eps=1e-6)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
@@ -313,7 +315,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.scale_out = nn.Linear(width, width)
         self.latents_out = nn.Linear(width, patch_channels)
-        self.checkpoint = False  # recompute blocks in the backward pass, to save memory
+        self.run_block = nn.Module.__call__  # or another way to run it, that saves memory or time
         self.init_weights()
 
     def init_weights(self):
@@ -385,10 +387,9 @@ class DiT(nn.Module):
         x = x + places.to(x)
         time = F.silu(self.time_in(timestep_waves(t)))  # (B, D)
         text = self.text_in(text)  # (B, L, D)
-        within_frame, within_window = self.who_sees_whom(grids)
+        within_frame, over_time = self.who_sees_whom(grids)
         for layer, block in enumerate(self.blocks):
-            run = partial(checkpoint, block, use_reentrant=False) if self.checkpoint else block
-            x = run(x, time, text, cos, sin, within_frame, within_window[layer % 2])
+            x = self.run_block(block, x, time, text, cos, sin, within_frame, over_time[layer % 2])
         x = x[:, : grids[0].tokens]  # the semantics have done their work
         x = self.latents_out(rms_norm(x) * (1 + self.scale_out(time)).to(x)[:, None])
         return to_frames(x, grids[0], self.config.patch)

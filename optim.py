@@ -41,7 +41,7 @@ def orthogonalised(updates: list[Tensor], steps: int) -> list[Tensor]:
     for (rows, columns), places in batches.items():
         x = torch.stack([parts[i] for i in places]).bfloat16()
         x = orthogonalise(x.mT, steps).mT if rows > columns else orthogonalise(x, steps)
-        x = x * max(1, rows / columns) ** 0.5  # as torch's adjust_lr_fn="original"
+        x = (x * max(1, rows / columns) ** 0.5).to(parts[places[0]])  # as torch's "original"
         for i, part in zip(places, x, strict=True):
             parts[i] = part
     found = iter(parts)
@@ -58,13 +58,16 @@ class Muon(torch.optim.Muon):
             for p in held:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            pairs = [(p.grad, self.state[p]["momentum_buffer"]) for p in held]
-            for grad, buffer in pairs:
-                buffer.lerp_(grad, 1 - group["momentum"])
-            updates = [whole(grad.lerp(x, group["momentum"])) for grad, x in pairs]  # Nesterov
-            for p, x in zip(held, orthogonalised(updates, group["ns_steps"]), strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(shared_like(x, p), alpha=-group["lr"])
+            if not held:
+                continue
+            grads = [p.grad for p in held]
+            buffers = [self.state[p]["momentum_buffer"] for p in held]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
+            updates = orthogonalised([whole(x) for x in updates], group["ns_steps"])
+            updates = [shared_like(x, p) for x, p in zip(updates, held, strict=True)]
+            torch._foreach_mul_(held, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(held, updates, alpha=-group["lr"])
 
 
 def build_optimizers(modules: nn.Module, config: StageConfig) -> list[torch.optim.Optimizer]:

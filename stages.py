@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from flow import flow_loss, path, sample_time
-from plumbing.device import count_flops, matmul_speed
+from plumbing.device import count_flops, matmul_speed, recomputed
 from plumbing.files import UserError
 from plumbing.seeds import Rows
 from semantic import Compressor
@@ -292,9 +292,9 @@ def set_up(modules: nn.ModuleDict, config: StageConfig):
     if "vae" in modules:
         networks = [modules["vae"].encoder, modules["vae"].decoder]
     for network in networks:
-        if config.checkpoint and hasattr(network, "checkpoint"):
-            network.checkpoint = True
-        if config.compile:
+        if config.checkpoint and hasattr(network, "run_block"):
+            network.run_block = torch.compile(recomputed) if config.compile else recomputed
+        elif config.compile:
             for block in network.blocks:
                 block.compile()
 

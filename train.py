@@ -32,7 +32,7 @@ from encode import cache_parts, check_cache, clips_in_memory, clips_on_disk
 from optim import ema_decay, lr_factor, update_ema
 from parts import add_part_flags, check_weights_named, parts_from_flags, placed
 from plumbing.cache import Cache, Memory
-from plumbing.device import computing, moved, pinned, prepared_ahead
+from plumbing.device import computing, moved, prepared_ahead, processes
 from plumbing.files import UserError, check_target, command, require
 from plumbing.folder import locked
 from plumbing.metrics import Reporter
@@ -113,15 +113,14 @@ def source_of(stage: str, config: StageConfig, dataset: World | Folder | Cache, 
 def batches(run: Run, progress: Progress, source, rows: Sequence[range]):
     """Yield the batch of each step, from the next one on: the inputs of each of its micro-batches.
 
-    A thread prepares the next one while a GPU computes; on a CPU it would only be in the way.
+    Processes prepare the next ones while a GPU computes; on a CPU they would only be in the way.
     """
 
     def prepare(step: int) -> list[dict[str, Tensor]]:
-        draws = (progress.modules.draw(source, progress.rows(part, step)) for part in rows)
-        return [pinned(inputs, run.device) for inputs in draws]
+        return [progress.modules.draw(source, progress.rows(part, step)) for part in rows]
 
-    ahead = prepared_ahead if run.device.type == "cuda" else map
-    yield from ahead(prepare, range(progress.step, progress.of))
+    workers = processes(2 if progress.stage in USES else 8) if run.device.type == "cuda" else 0
+    yield from prepared_ahead(prepare, range(progress.step, progress.of), workers)
 
 
 def one_step(run: Run, progress: Progress, batch: list[dict], team: Team) -> dict[str, float]:

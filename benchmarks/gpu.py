@@ -8,6 +8,7 @@ Needs torch 2.11 or newer and the core packages; no weights, which are random he
 network. Each part is a process of its own with a limit of time: what it has found until then is
 kept, and the others do not suffer. bfloat16; the painter of `step` is compiled.
 
+    same     a gradient of `tiny`: on this device, recomputed, against the CPU's
     peak     matrix products, the yardstick of all shares
     step     a training step of the `paper` painter, real shapes, with recomputation and without
     windows  3D attention of one layer, forward and backward: windows of 5 s against full attention
@@ -35,7 +36,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import swin
 from benchmarks.timing import (
@@ -52,27 +53,36 @@ from config import paper, small, tiny
 from evaluate import Evaluation
 from model import DiT, attention
 from plumbing.cache import Memory
-from plumbing.device import computing, default_device, matmul_speed
+from plumbing.device import computing, default_device, matmul_speed, moved, recomputed
 from plumbing.files import UserError, check_target, command
 from plumbing.processes import Team
 from plumbing.progress import Progress
+from plumbing.seeds import Rows
 from run import Run
 from sample import paint_latents, sample_plans
 from semantic import Compressor
 from settings import Config, override
-from stages import ORDER, RECIPE, work
+from stages import ORDER, RECIPE, Painter, work
 from swin import Stream, fitting_window
 from toy.world import World
 from train import batches, begin, one_step, train
 
-LIMITS = {"peak": 30, "step": 140, "windows": 50, "loop": 50, "small": 150, "sample": 60}  # seconds
+LIMITS = {
+    "same": 20,
+    "peak": 20,
+    "step": 140,
+    "windows": 30,
+    "loop": 80,
+    "small": 140,
+    "sample": 50,
+}  # seconds
 TOY = [  # of a second of 16 x 16 pixels
     *("data.frames=8", "vae.width=8", "encoder.dim=32", "encoder.blocks=1", "sample.steps=2"),
     *(f"data.{side}=16" for side in ("height", "width", "semantic_height", "semantic_width")),
     *(f"{dit}.{size}" for dit in ("latent", "semantic") for size in ("width=32", "heads=2")),
     *(f"stages.{s}.{f}" for s in ORDER for f in ("steps=100", "batch=2", "clips=128")),
 ]
-Rows = Iterator[dict[str, object]]  # "what", "value", "unit"
+Found = Iterator[dict[str, object]]  # "what", "value", "unit"
 
 
 def row(what: str, value: float | str, unit: str = "") -> dict[str, object]:
@@ -109,14 +119,39 @@ def started(run: Run, stage: str, source) -> tuple[Progress, Iterator, list[rang
 # --- the parts ----------------------------------------------------------------------------------
 
 
-def peak(device: torch.device, toy: bool) -> Rows:
+def same(device: torch.device, toy: bool) -> Found:
+    """The gradient of tiny's painter in float32: this device's, also recomputed, and a CPU's."""
+    config, cpu = override(sizes(toy, tiny()), dtype="float32"), torch.device("cpu")
+    torch.manual_seed(0)
+    painter = Painter(config)
+    for parameter in painter.parameters():
+        nn.init.normal_(parameter, std=0.05)  # those that begin at zero would hide much
+    inputs = painter.draw(random_clips(config), Rows(range(4), 0))
+
+    def gradient(where: torch.device, run_block: Callable) -> Tensor:
+        painter.to(where).zero_grad()
+        painter["dit"].run_block = run_block
+        with computing(where, "float32"):
+            painter(**moved(inputs, where))[0].backward()
+        return torch.cat([p.grad.double().flatten().cpu() for p in painter.parameters()])
+
+    plain = gradient(cpu, nn.Module.__call__)
+    for name, found in (
+        ("as it is", gradient(device, nn.Module.__call__)),
+        ("recomputed", gradient(device, recomputed)),
+    ):
+        difference = float((found - plain).norm() / plain.norm())
+        yield row(f"tiny's gradient, {name}: relative difference", 1e6 * difference, "millionths")
+
+
+def peak(device: torch.device, toy: bool) -> Found:
     """Matrix products."""
     for dtype in ("float32", "bfloat16"):
         best = matmul_peak(device, dtype, sizes=(256,) if toy else ())
         yield row(f"{dtype} matrix products", best / 1e12, "TFLOP/s")
 
 
-def step(device: torch.device, toy: bool) -> Rows:
+def step(device: torch.device, toy: bool) -> Found:
     """A training step of the painter; where memory does not suffice, with fewer blocks."""
     best = matmul_peak(device, "bfloat16", sizes=(256,) if toy else ())
     for recompute, depths in ("true", (30, 15, 8, 4)), ("false", (8, 4)):
@@ -136,7 +171,7 @@ def step(device: torch.device, toy: bool) -> Rows:
                 yield row(f"painter, {name}", "out of memory")
 
 
-def one_size(run: Run, name: str, best: float) -> Rows:
+def one_size(run: Run, name: str, best: float) -> Found:
     """Time the steps of a painter of one size; best: the peak, FLOP/s."""
     source, cuda = random_clips(run.config), run.device.type == "cuda"
     if cuda:
@@ -157,7 +192,7 @@ def one_size(run: Run, name: str, best: float) -> Rows:
         yield row(f"painter, {name}: memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
 
 
-def windows(device: torch.device, toy: bool) -> Rows:
+def windows(device: torch.device, toy: bool) -> Found:
     """3D attention of one layer at 240 x 416 pixels: 390 tokens a frame, 120 of the plan."""
     config, (frame, plan) = paper().latent, (4, 4) if toy else (390, 120)
     rates = config.rate, config.context_rate
@@ -195,7 +230,7 @@ def busy_seconds(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def loop(device: torch.device, toy: bool) -> Rows:
+def loop(device: torch.device, toy: bool) -> Found:
     """The device in the loop of train.py: is there always something for it to do?"""
     kind = (
         torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
@@ -204,13 +239,13 @@ def loop(device: torch.device, toy: bool) -> Rows:
         "cuda": torch.profiler.ProfilerActivity.CUDA,
         "cpu": torch.profiler.ProfilerActivity.CPU,
     }
-    config, count = sizes(toy, small()), 2 if toy else 20  # steps that are watched
+    config, count = sizes(toy, small()), 2 if toy else 10  # steps that are watched
     for stage in ("vae", "encoder", "latent"):
         run = Run(Path("none"), config, device)
         source = random_clips(config, 256) if stage == "latent" else World(config.data, "train")
         progress, steps, _ = started(run, stage, source)
-        for number, batch in enumerate(islice(steps, 2 * count)):
-            if number == count:
+        for number, batch in enumerate(islice(steps, 5 * count)):
+            if number == 4 * count:  # those that were drawn before the first step are used up
                 profiler = torch.profiler.profile(activities=[names[device.type]])
                 profiler.start()
                 wait(device)
@@ -229,7 +264,7 @@ def loop(device: torch.device, toy: bool) -> Rows:
         yield row(f"small, {stage}: idle", 100 * (1 - busy_seconds(spans) / whole), "%")
 
 
-def small_score(device: torch.device, toy: bool) -> Rows:
+def small_score(device: torch.device, toy: bool) -> Found:
     """Train `small` in short, and score it: a fixed amount of work."""
     config = sizes(toy, small())
     settings = [f"stages.{s}.steps={getattr(config.stages, s).steps // 50}" for s in RECIPE]
@@ -250,7 +285,7 @@ def small_score(device: torch.device, toy: bool) -> Rows:
             yield row(f"small, after a fiftieth of its steps: {name}", scores[name], "%")
 
 
-def sample(device: torch.device, toy: bool) -> Rows:
+def sample(device: torch.device, toy: bool) -> Found:
     """Seconds of 5 s of video: a few Euler steps, with guidance, times their number."""
     config = sizes(toy, paper())
     run, frames = Run(Path("none"), config, device), config.data.frames
@@ -298,6 +333,7 @@ def decoding(config: Config, device: torch.device, toy: bool) -> float:
 
 
 PARTS = {
+    "same": same,
     "peak": peak,
     "step": step,
     "windows": windows,

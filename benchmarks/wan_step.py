@@ -3,9 +3,10 @@
     python benchmarks/wan_step.py            # lora, attention and all: 81 x 480 x 832 on a GPU
     python benchmarks/wan_step.py --toy      # two narrow blocks, a few tokens: on any machine
 
-Forward, backward with recomputed blocks, AdamW and EMA, one clip, bfloat16 products. The share of
-the peak is that of this device's matrix products, measured by the same command; FLOPs are those of
-forward and backward, recomputation not counted. A table, and with --json its numbers.
+Forward, backward with recomputed blocks, AdamW and EMA, one clip, bfloat16 products; --compile
+compiles the blocks. The share of the peak is that of this device's matrix products, measured by the
+same command; FLOPs are those of forward and backward, recomputation not counted. A table, and with
+--json its numbers.
 """
 
 import argparse
@@ -24,7 +25,9 @@ from config import preset
 from optim import build_optimizers, update_ema
 from plumbing.device import computing, count_flops, default_device, matmul_speed
 from plumbing.files import command, write_file
+from plumbing.folder import versions
 from settings import Config, StageConfig
+from stages import set_up
 from wan import TRAINED, WanConfig, build_dit
 
 DTYPE = "bfloat16"
@@ -58,7 +61,7 @@ def measure(dit, shapes: dict, stage: StageConfig, device: torch.device, steps: 
         flops = count_flops(Loss({"dit": build_dit(dit)}), draw(shapes, "meta"))
     with device:
         modules = Loss({"dit": build_dit(dit)})
-    modules["dit"].checkpoint = True
+    set_up(modules, stage)
     optimizers = build_optimizers(modules, stage)
     ema = {n: p.detach().clone() for n, p in modules.named_parameters() if p.requires_grad}
     if device.type == "cuda":
@@ -92,23 +95,23 @@ def main():
     parser.add_argument("--toy", action="store_true", help="sizes for any machine")
     parser.add_argument("--train", nargs="+", choices=TRAINED, default=TRAINED)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     config, device = preset("wan"), default_device()
     dit, shapes = sizes(config, args.toy)
+    stage = replace(config.stages.latent, compile=args.compile)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, {DTYPE}")
+    print(f"{name}, torch {torch.__version__}, {DTYPE}{', compiled' * args.compile}")
     print("| trained | seconds a step | memory, GB | TFLOP | share of the peak |")
     print("|---" * 5 + "|")
     found = {}
     for train in args.train:
-        found[train] = x = measure(
-            replace(dit, train=train), shapes, config.stages.latent, device, args.steps
-        )
+        found[train] = x = measure(replace(dit, train=train), shapes, stage, device, args.steps)
         cells = f"{x['seconds']:.3f} | {x['memory_gb']:.1f} | {x['tflop']:.3g} | {x['share']:.1%}"
         print(f"| {train} | {cells} |", flush=True)
     if args.json:
-        content = {"device": name, "torch": torch.__version__, "steps": found}
+        content = {"device": name, **versions(), "compiled": args.compile, "steps": found}
         write_file(args.json, json.dumps(content, indent=1).encode())
 
 

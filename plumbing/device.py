@@ -1,15 +1,31 @@
 """The device: which one, how fast it is, and in which precision it computes."""
 
 import contextlib
+import os
+import shutil
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+
+from plumbing.files import UserError
+
+ATTENTION = [  # its kernels on a GPU, in torch's words
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention")
+]
+MANY = 4096  # tokens, from which on attention to them takes longer than the memory is worth
 
 
 def default_device() -> torch.device:
@@ -58,25 +74,53 @@ def count_flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     return counter.get_total_flops()
 
 
+def recomputed(block: nn.Module, *inputs):
+    """Run a block that keeps little for its backward pass, and does there again what it needs.
+
+    What attention to many tokens gives is kept: in a long clip it is most of the work.
+    """
+
+    def policy(context, op, *inputs, **options) -> CheckpointPolicy:
+        if op in ATTENTION and inputs[1].shape[-2] >= MANY:  # q, k, v (B, A, N, d)
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    kept = partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=kept)
+
+
 # --- what the device works on next --------------------------------------------------------------
 
 
-def prepared_ahead(prepare: Callable, items: Iterable) -> Iterator:
-    """Yield prepare(item) of each item in order; a thread prepares the next one meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = None
-        for item in items:
-            started = thread.submit(prepare, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = started
-        if waiting is not None:
-            yield waiting.result()
+def processes(most: int) -> int:
+    """Return how many processes beside this one may prepare batches; 0 where that cannot be.
+
+    They are copies of this one and hand over what they have made in shared memory.
+    """
+    if sys.platform != "linux" or shutil.disk_usage("/dev/shm").free < 2**30:
+        return 0
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine, under torchrun
+    return min(most, max(1, len(os.sched_getaffinity(0)) // share - 1))
 
 
-def pinned(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Return tensors in memory from which they can be copied while the device computes."""
-    return {k: x.pin_memory() for k, x in tensors.items()} if device.type == "cuda" else tensors
+def prepared_ahead(prepare: Callable, steps: range, workers: int) -> Iterator:
+    """Yield prepare(step) of each step in order; so many processes prepare the next ones.
+
+    With 0 workers each is prepared when it is asked for.
+    """
+
+    def caught(step: int):
+        try:
+            return prepare(step)
+        except UserError as error:  # a process would add where it was raised
+            return error
+
+    kind = {"multiprocessing_context": "fork", "pin_memory": torch.cuda.is_available()}
+    options = {"num_workers": workers, "generator": torch.Generator(), **(kind if workers else {})}
+    for found in DataLoader(steps, batch_size=None, collate_fn=caught, **options):
+        if isinstance(found, UserError):
+            raise found
+        yield found
 
 
 def moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

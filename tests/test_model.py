@@ -10,6 +10,7 @@ in use. Float32 where coordinates are computed, float64 elsewhere; fixed seeds.
 import math
 from dataclasses import replace
 from itertools import product
+from operator import call
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from model import (
     rotate,
     timestep_waves,
 )
+from plumbing.device import recomputed
 
 PAINTER = DiTConfig(
     channels=3,
@@ -374,14 +376,14 @@ def test_recomputation_gives_the_same_gradients_and_runs_blocks_twice(window):
     runs, found = [], []
     for block in model.blocks:
         block.scale.register_forward_hook(lambda *_: runs.append(1))
-    for model.checkpoint in (False, True):
+    for times, model.run_block in enumerate((call, recomputed), 1):
         runs.clear()
         model.zero_grad()
         model(**batch).square().sum().backward()
         found.append([p.grad.clone() for p in model.parameters()])
-        assert len(runs) == len(model.blocks) * (1 + model.checkpoint)
-    for usual, recomputed in zip(*found, strict=True):
-        assert recomputed.equal(usual)
+        assert len(runs) == len(model.blocks) * times
+    for usual, again in zip(*found, strict=True):
+        assert again.equal(usual)
 
 
 def test_gradient_modes_give_the_same_numbers():

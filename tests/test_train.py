@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +38,7 @@ from data import Folder
 from encode import clips_in_memory
 from flow import shift_time
 from optim import Muon, build_optimizers, ema_decay, lr_factor, update_ema
-from plumbing.device import computing, matmul_speed, prepared_ahead
+from plumbing.device import computing, matmul_speed, prepared_ahead, processes, recomputed
 from plumbing.files import UserError
 from plumbing.folder import write_state
 from plumbing.metrics import Metrics, Reporter
@@ -1205,7 +1204,11 @@ def test_a_second_process_is_told_who_trains_there(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("stage", ORDER)
-def test_a_batch_prepared_ahead_is_the_one_prepared_in_turn(trained, stage):
+def test_a_batch_prepared_ahead_is_the_one_prepared_in_turn(trained, stage, monkeypatch):
+    def ahead(prepare, steps, workers):  # as on a GPU
+        return prepared_ahead(prepare, steps, 2)
+
+    monkeypatch.setattr(train, "prepared_ahead", ahead)
     source, config = source_for(trained, stage), getattr(trained.config.stages, stage)
     captions = few(trained).captions(range(8))
     modules = learner(trained.config, stage, captions, trained.compressor)
@@ -1220,23 +1223,65 @@ def test_a_batch_prepared_ahead_is_the_one_prepared_in_turn(trained, stage):
             assert_equal(inputs, modules.draw(source, Rows(part, 5, stage, step)))
 
 
-def test_the_next_batch_is_prepared_while_this_one_is_used():
-    events, ready = [], threading.Event()
+@pytest.mark.parametrize("tokens", [7, 8])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputation_keeps_what_attention_to_many_tokens_gave(monkeypatch, tokens, compiled):
+    ran = []
 
-    def prepare(k: int) -> int:
-        events.append(f"prepared {k}")
-        if k == 1:
-            ready.set()
-        return k
+    @torch.library.custom_op("semanticgen_tests::attend", mutates_args=())
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ran.append(1)
+        return q * k * v
 
-    for k in prepared_ahead(prepare, range(3)):
-        if k == 0:
-            assert ready.wait(10)  # not asked for yet
-        events.append(f"used {k}")
-    assert events.index("prepared 1") < events.index("used 0")
-    assert [x for x in events if x.startswith("used")] == ["used 0", "used 1", "used 2"]
-    with pytest.raises(ZeroDivisionError):
-        list(prepared_ahead(lambda k: 1 // k, [1, 0]))
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def gradient(ctx, g: Tensor):
+        q, k, v = ctx.saved_tensors
+        return g * k * v, g * q * v, None
+
+    attend.register_fake(lambda q, k, v: torch.empty_like(q))
+    attend.register_autograd(gradient, setup_context=keep)
+    monkeypatch.setattr("plumbing.device.ATTENTION", [torch.ops.semanticgen_tests.attend.default])
+    monkeypatch.setattr("plumbing.device.MANY", 8)
+    x = torch.randn(1, 2, tokens, 4, requires_grad=True)
+    run = torch.compile(recomputed, backend="aot_eager") if compiled else recomputed
+    run(lambda x: attend(x.sin(), x.cos(), x.detach()).exp(), x).sum().backward()
+    assert len(ran) == (1 if tokens >= 8 else 2)
+    y = x.detach().requires_grad_()
+    (y.sin() * y.cos() * y.detach()).exp().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_processes_prepare_the_next_batches_in_order(workers):
+    def prepare(step: int) -> list[dict]:
+        if step == 9:
+            raise UserError("step 9 cannot be")
+        return [{"step": torch.tensor([step, os.getpid()]), "text": "x"}]
+
+    state, found = torch.get_rng_state(), []
+    with pytest.raises(UserError, match=r"^step 9 cannot be$"):
+        for (made,) in prepared_ahead(prepare, range(2, 12), workers):
+            found.append(made["step"].tolist())
+    assert [step for step, _ in found] == list(range(2, 9))
+    assert len({process for _, process in found} - {os.getpid()}) == workers
+    assert torch.get_rng_state().equal(state)  # of which nothing was used
+
+
+def test_processes_prepare_batches_only_where_they_can(monkeypatch):
+    room = SimpleNamespace(free=2**31)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: room)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6), raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert [processes(most) for most in (2, 8)] == [2, 5]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    assert processes(8) == 1
+    room.free = 2**26  # a container's usual share
+    assert processes(8) == 0
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert processes(8) == 0
 
 
 @pytest.mark.parametrize("stage", ["latent", "base", "vae", "encoder"])

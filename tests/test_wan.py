@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from operator import call as just_call
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ from chain import check_chain, point_to
 from config import BLOCK, preset, wan_tiny
 from config import main as config_main
 from encode import clips_in_memory
-from plumbing.device import computing
+from plumbing.device import computing, recomputed
 from plumbing.files import UserError
 from plumbing.metrics import Metrics
 from plumbing.seeds import Rows, text_seed
@@ -121,7 +122,7 @@ def test_recomputed_blocks_give_the_same_gradient(repository):
     painter = WanDiT(config_of(repository[0]))
     given = {**inputs(), "context": randn(2, 8, 2, 2, 2)}
     found = []
-    for painter.checkpoint in (False, True):
+    for painter.run_block in (just_call, recomputed):
         painter.zero_grad()
         painter(**given).square().mean().backward()
         found.append([p.grad for p in painter.parameters() if p.grad is not None])

@@ -66,7 +66,8 @@ def tiny_long() -> Config:
 
     VAE and encoder are those of `tiny`: they learn from two seconds, and read longer clips in
     chunks of that length. The planner sees the whole clip. The painter sees windows of two seconds
-    and no absolute time, so it paints any part alike; it learns from stretches of half a clip.
+    and no absolute time, so it paints any part alike; it learns from stretches of half a clip. The
+    planner learns at higher noise than usual: there the text decides, and it tells a story.
     """
     config = tiny()
     stages = config.stages
@@ -82,7 +83,7 @@ def tiny_long() -> Config:
             vae=replace(stages.vae, pieces=4),
             encoder=replace(stages.encoder, pieces=4),
             latent=replace(stages.latent, steps=2600, batch=8, pieces=2),
-            semantic=replace(stages.semantic, steps=2800, batch=8),
+            semantic=replace(stages.semantic, steps=2400, batch=8, shift=2.0),
             base=replace(stages.base, pieces=2),
         ),
     )

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -103,6 +104,12 @@ def processes(most: int) -> int:
     return min(most, max(1, len(os.sched_getaffinity(0)) // share - 1))
 
 
+def heed_no_signal(worker: int):
+    """Let the process that asked decide: what stops a job is often sent to all of its processes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def prepared_ahead(prepare: Callable, steps: range, workers: int) -> Iterator:
     """Yield prepare(step) of each step in order; so many processes prepare the next ones.
 
@@ -115,8 +122,10 @@ def prepared_ahead(prepare: Callable, steps: range, workers: int) -> Iterator:
         except UserError as error:  # a process would add where it was raised
             return error
 
-    kind = {"multiprocessing_context": "fork", "pin_memory": torch.cuda.is_available()}
-    options = {"num_workers": workers, "generator": torch.Generator(), **(kind if workers else {})}
+    options = {"num_workers": workers, "generator": torch.Generator()}
+    if workers:
+        options |= {"multiprocessing_context": "fork", "worker_init_fn": heed_no_signal}
+        options |= {"pin_memory": torch.cuda.is_available()}
     for found in DataLoader(steps, batch_size=None, collate_fn=caught, **options):
         if isinstance(found, UserError):
             raise found

@@ -18,6 +18,7 @@ from torch import nn
 
 from chain import check_weights
 from optim import build_optimizers, changed_schedule
+from plumbing.device import check_compiler
 from plumbing.processes import Team
 from plumbing.progress import Progress
 from plumbing.seeds import text_seed
@@ -32,6 +33,8 @@ def begin(
 ) -> Progress:
     """Set a stage up, and return it at its first step, or where its state left it."""
     config: StageConfig = getattr(run.config.stages, stage)
+    if config.compile:
+        check_compiler(stage)
     if stage in USES and "dit" in run.released_parts:
         check_weights(run, "dit")
     torch.manual_seed(text_seed(f"{seed} {stage}") % 2**63)  # initial weights

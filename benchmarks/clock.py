@@ -9,7 +9,6 @@ import functools
 import inspect
 import json
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,20 +19,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 class Clock:
-    """Counts seconds by label; a label's are without those of labels inside it.
-
-    Of the thread that made the clock. What others do at the same time is in `beside`.
-    """
+    """Counts seconds by label; a label's are without those of labels inside it."""
 
     def __init__(self):
-        self.thread = threading.get_ident()
         self.labels = ["rest"]
         self.start()
 
     def start(self):
         """Forget all seconds so far."""
         self.seconds: Counter[str] = Counter()
-        self.beside: Counter[str] = Counter()
         self.since = time.perf_counter()
 
     def book(self):
@@ -53,17 +47,11 @@ class Clock:
     @contextmanager
     def on(self, label: str) -> Iterator[None]:
         """Count what is done in this context."""
-        start = time.perf_counter()
-        mine = threading.get_ident() == self.thread
-        if mine:
-            self.begin(label)
+        self.begin(label)
         try:
             yield
         finally:
-            if mine:
-                self.end()
-            else:
-                self.beside[label] += time.perf_counter() - start
+            self.end()
 
     def watch(self, owner: object, name: str, label: str):
         """Put a module's function or a class's method on the clock, whoever calls it.

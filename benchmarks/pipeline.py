@@ -52,7 +52,6 @@ from toy.world import World
 
 ROOT = Path(__file__).parents[1]
 WARM = 10  # steps of a stage before the clock starts
-BESIDE = "drawing the next batch"
 OTHERS = "other operators: norms, activations, rotations"
 KINDS = {  # of operators -> their names in torch
     "matrix products": ("mm", "bmm", "addmm", "baddbmm", "mkldnn_linear"),
@@ -66,7 +65,7 @@ def watch_training(clock: Clock):
     """Put what a step of train.py consists of on a clock."""
     for kind in (VAELearner, EncoderLearner, Painter, Planner):
         clock.watch(kind, "forward", "forward")
-        clock.watch(kind, "draw", BESIDE)  # with a GPU by a thread, while it computes
+        clock.watch(kind, "draw", "drawing the next batch")  # with a GPU other processes do
     clock.watch(train, "batches", "waiting for the next batch")
     clock.watch(train, "measure_plans", "statistics of z_sem")
     clock.watch(torch.Tensor, "backward", "backward")
@@ -106,7 +105,7 @@ class Counted(Team):
             self.clock.start()
         if self.step == WARM + self.steps:
             self.clock.book()
-            self.found, self.beside = Counter(self.clock.seconds), Counter(self.clock.beside)
+            self.found = Counter(self.clock.seconds)
         return super().any(flag)
 
 
@@ -117,7 +116,6 @@ def steps_of_stages(run: Run, steps: int, clock: Clock) -> dict[str, dict[str, f
         team = Counted(clock, steps)
         train.train(run, [stage], World(run.config.data, "train"), 0, team)
         found[stage] = {what: seconds / steps for what, seconds in team.found.items()}
-        found[stage][f"({BESIDE})"] = team.beside[BESIDE] / steps
     return found
 
 
@@ -215,14 +213,10 @@ def sampled(rounds: int, warm: int, folder: Path) -> tuple[dict[str, float], dic
 
 
 def shares(found: dict[str, dict[str, float]], unit: str) -> str:
-    """Return {column: {what: seconds}} as a table of percent, under the milliseconds of all.
-
-    What stands in parentheses is done beside the rest.
-    """
+    """Return {column: {what: seconds}} as a table of percent, under the milliseconds of all."""
     names = dict.fromkeys(name for column in found.values() for name in column)
-    beside = [name for name in names if name.startswith("(")]
-    names = sorted(names, key=lambda name: (name in beside, name == "rest"))
-    whole = {c: sum(s for n, s in x.items() if n not in beside) for c, x in found.items()}
+    names = sorted(names, key="rest".__eq__)
+    whole = {column: sum(parts.values()) for column, parts in found.items()}
     rows = [{"": unit, **{column: 1000 * seconds for column, seconds in whole.items()}}]
     for name in names:
         cells = {c: f"{100 * x.get(name, 0) / whole[c]:.1f} %" for c, x in found.items()}

@@ -75,6 +75,16 @@ def count_flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     return counter.get_total_flops()
 
 
+def check_compiler(stage: str):
+    """UserError where there is no C compiler, which torch.compile calls."""
+    names = (os.environ.get("CC") or "cc", "gcc", "clang", "cl")
+    if not any(map(shutil.which, names)):
+        raise UserError(
+            f"stages.{stage}.compile=true needs a C compiler, and there is none: install gcc, or "
+            f"--set stages.{stage}.compile=false"
+        )
+
+
 def recomputed(block: nn.Module, *inputs):
     """Run a block that keeps little for its backward pass, and does there again what it needs.
 

@@ -148,7 +148,7 @@ def test_the_parts_of_steps_and_of_encoding(tmp_path, monkeypatch):
         for handle in handles:
             handle.remove()
     parts = {"forward", "backward", "norm of the gradient", "optimizers", "EMA", "logging"}
-    parts |= {"waiting for the next batch", pipeline.BESIDE}  # in turn, on a CPU
+    parts |= {"waiting for the next batch", "drawing the next batch"}  # in turn, on a CPU
     for stage in RECIPE:
         assert all(found[stage][name] > 0 for name in parts), (stage, found[stage])
     kinds = pipeline.operators(run, 1)
@@ -172,12 +172,12 @@ def test_the_parts_of_a_sample(tmp_path):
 
 
 def test_shares_add_up_to_the_whole():
-    text = pipeline.shares({"x": {"rest": 0.25, "a": 0.75, "(b)": 9.0}}, "ms")
+    text = pipeline.shares({"x": {"rest": 0.25, "a": 0.5, "b": 0.25}}, "ms")
     assert text.splitlines()[2:] == [
         "| ms | 1,000 |",
-        "| a | 75.0 % |",
+        "| a | 50.0 % |",
+        "| b | 25.0 % |",
         "| rest | 25.0 % |",
-        "| (b) | 900.0 % |",
     ]
 
 

@@ -1253,6 +1253,12 @@ def test_recomputation_keeps_what_attention_to_many_tokens_gave(monkeypatch, tok
     torch.testing.assert_close(x.grad, y.grad)
 
 
+def test_a_stage_that_is_compiled_needs_a_compiler(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert call(train.main, *command_line(tmp_path, "vae"), "stages.vae.compile=true") == 2
+    one_line(capsys, "stages.vae.compile=true needs a C compiler", "stages.vae.compile=false")
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_processes_prepare_the_next_batches_in_order(workers):
     def prepare(step: int) -> list[dict]:

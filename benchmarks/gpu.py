@@ -67,7 +67,7 @@ from swin import Stream, fitting_window
 from toy.world import World
 from train import batches, begin, one_step, train
 
-LIMITS = {
+LIMITS = {  # seconds
     "same": 20,
     "peak": 20,
     "step": 140,
@@ -75,7 +75,7 @@ LIMITS = {
     "loop": 80,
     "small": 140,
     "sample": 50,
-}  # seconds
+}
 TOY = [  # of a second of 16 x 16 pixels
     *("data.frames=8", "vae.width=8", "encoder.dim=32", "encoder.blocks=1", "sample.steps=2"),
     *(f"data.{side}=16" for side in ("height", "width", "semantic_height", "semantic_width")),

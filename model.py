@@ -186,7 +186,7 @@ def rms_norm(x: Tensor) -> Tensor:
     """Scale the last axis to unit root mean square: (..., D) -> (..., D)."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return NormOnCPU.apply(x)  # torch's own is several times slower in bf16
-    if x.is_cuda:
+    if x.is_cuda:  # there torch's own is one kernel
         with torch.autocast("cuda", enabled=False):  # which would compute in float32 from here on
             return F.rms_norm(x, x.shape[-1:], eps=1e-6)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)

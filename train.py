@@ -32,7 +32,7 @@ from encode import cache_parts, check_cache, clips_in_memory, clips_on_disk
 from optim import ema_decay, lr_factor, update_ema
 from parts import add_part_flags, check_weights_named, parts_from_flags, placed
 from plumbing.cache import Cache, Memory
-from plumbing.device import computing, moved, prepared_ahead, processes
+from plumbing.device import computing, moved, prepared_ahead, spare_processes
 from plumbing.files import UserError, check_target, command, require
 from plumbing.folder import locked
 from plumbing.metrics import Reporter
@@ -119,7 +119,8 @@ def batches(run: Run, progress: Progress, source, rows: Sequence[range]):
     def prepare(step: int) -> list[dict[str, Tensor]]:
         return [progress.modules.draw(source, progress.rows(part, step)) for part in rows]
 
-    workers = processes(2 if progress.stage in USES else 8) if run.device.type == "cuda" else 0
+    most = 2 if progress.stage in USES else 8  # reading encoded clips is little work
+    workers = spare_processes(most) if run.device.type == "cuda" else 0
     yield from prepared_ahead(prepare, range(progress.step, progress.of), workers)
 
 

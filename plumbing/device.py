@@ -103,7 +103,7 @@ def recomputed(block: nn.Module, *inputs):
 # --- what the device works on next --------------------------------------------------------------
 
 
-def processes(most: int) -> int:
+def spare_processes(most: int) -> int:
     """Return how many processes beside this one may prepare batches; 0 where that cannot be.
 
     They are copies of this one and hand over what they have made in shared memory.

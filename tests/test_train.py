@@ -38,7 +38,7 @@ from data import Folder
 from encode import clips_in_memory
 from flow import shift_time
 from optim import Muon, build_optimizers, ema_decay, lr_factor, update_ema
-from plumbing.device import computing, matmul_speed, prepared_ahead, processes, recomputed
+from plumbing.device import computing, matmul_speed, prepared_ahead, recomputed, spare_processes
 from plumbing.files import UserError
 from plumbing.folder import write_state
 from plumbing.metrics import Metrics, Reporter
@@ -1282,14 +1282,14 @@ def test_processes_prepare_batches_only_where_they_can(monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: room)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6), raising=False)
     monkeypatch.setattr("sys.platform", "linux")
-    assert [processes(most) for most in (2, 8)] == [2, 5]
+    assert [spare_processes(most) for most in (2, 8)] == [2, 5]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
-    assert processes(8) == 1
+    assert spare_processes(8) == 1
     room.free = 2**26  # a container's usual share
-    assert processes(8) == 0
+    assert spare_processes(8) == 0
     monkeypatch.setattr("sys.platform", "win32")
     monkeypatch.delattr("os.sched_getaffinity")
-    assert processes(8) == 0
+    assert spare_processes(8) == 0
 
 
 @pytest.mark.parametrize("stage", ["latent", "base", "vae", "encoder"])

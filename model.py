@@ -195,8 +195,9 @@ def rms_norm(x: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend from q (B, A, N, d) to k, v (B, A, M, d) -> (B, A, N, d)."""
     if q.device.type == "cpu" and k.shape[-2] <= 256:  # several times faster than the fused one
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)  # (B, A, N, M)
-        return weights @ v
+        weights = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, A, N, M)
+        dtype = torch.promote_types(q.dtype, torch.float32)  # in bf16 it takes several times longer
+        return weights.softmax(-1, dtype=dtype).to(v) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -106,9 +106,13 @@ def recomputed(block: nn.Module, *inputs):
 def spare_processes(most: int) -> int:
     """Return how many processes beside this one may prepare batches; 0 where that cannot be.
 
-    They are copies of this one and hand over what they have made in shared memory.
+    They are copies of this one and hand over what they have made in shared memory; where it is
+    small, as a container's is, a line says so.
     """
-    if sys.platform != "linux" or shutil.disk_usage("/dev/shm").free < 2**30:
+    if sys.platform != "linux":
+        return 0
+    if shutil.disk_usage("/dev/shm").free < 2**30:
+        print("less than 1 GB free in /dev/shm: the GPU waits for batches (docker: --shm-size=2g)")
         return 0
     share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine, under torchrun
     return min(most, max(1, len(os.sched_getaffinity(0)) // share - 1))

@@ -1277,16 +1277,16 @@ def test_processes_prepare_the_next_batches_in_order(workers):
     assert torch.get_rng_state().equal(state)  # of which nothing was used
 
 
-def test_processes_prepare_batches_only_where_they_can(monkeypatch):
+def test_processes_prepare_batches_only_where_they_can(monkeypatch, capsys):
     room = SimpleNamespace(free=2**31)
     monkeypatch.setattr("shutil.disk_usage", lambda _: room)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6), raising=False)
     monkeypatch.setattr("sys.platform", "linux")
     assert [spare_processes(most) for most in (2, 8)] == [2, 5]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
-    assert spare_processes(8) == 1
+    assert spare_processes(8) == 1 and not capsys.readouterr().out
     room.free = 2**26  # a container's usual share
-    assert spare_processes(8) == 0
+    assert spare_processes(8) == 0 and "/dev/shm" in capsys.readouterr().out
     monkeypatch.setattr("sys.platform", "win32")
     monkeypatch.delattr("os.sched_getaffinity")
     assert spare_processes(8) == 0

@@ -62,7 +62,7 @@ class DiTConfig:
     patch: int = 1  # a token is patch x patch positions of a frame
     width: int = 128  # D
     depth: int = 4  # blocks
-    heads: int = 4  # A
+    heads: int = 2  # A
     ffn: int = 4  # hidden width of the FFN over D
     space_cycles: float = 2.0  # highest position frequency per frame side: half its tokens
     time_features: bool = True  # absolute time at the input too, not only y and x

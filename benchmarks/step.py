@@ -67,7 +67,7 @@ class Case:
         return f"{self.width}, {self.dtype}, {self.batch} x {self.tokens:,}"
 
 
-SHAPES = {128: (4, 4), 512: (4, 8), 1024: (2, 16), 32: (1, 2)}  # width -> depth, heads
+SHAPES = {128: (4, 2), 512: (4, 8), 1024: (2, 16), 32: (1, 2)}  # width -> depth, heads
 DTYPES = ("float32", "bfloat16")
 CLIPS = {"short": (32, 2), "long": (2, 32)}  # batch, seconds: as many tokens, 3,072
 

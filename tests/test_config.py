@@ -251,7 +251,7 @@ def test_parts_that_do_not_fit_are_refused(name, value, fits):
         ("data.semantic_width=30", "semantic video of 4 frames, 32 x 30"),
         ("latent.patch=3", "patches of 3"),
         ("latent.heads=3", "width 128 over 3 heads"),
-        ("semantic.width=100", "width 100 over 4 heads"),
+        ("semantic.width=101", "width 101 over 2 heads"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(setting, named):

@@ -53,8 +53,8 @@ def tiny() -> Config:
         stages=StageConfigs(
             vae=StageConfig(steps=850, batch=8, ema=0.99),
             encoder=StageConfig(steps=430, batch=64),
-            latent=StageConfig(steps=3000, batch=16, clips=4096, shift=4.0, text_dropout=0.3),
-            semantic=StageConfig(steps=450, batch=32, clips=4096),
+            latent=StageConfig(steps=2700, batch=16, clips=4096, shift=4.0, text_dropout=0.2),
+            semantic=StageConfig(steps=500, batch=32, clips=4096),
             base=StageConfig(steps=5000, batch=16, clips=4096, shift=4.0),
         ),
         sample=SampleConfig(),

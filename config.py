@@ -6,7 +6,7 @@ python config.py --preset wan --seconds 5 60        # also what fine-tuning the 
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -108,9 +108,9 @@ def small() -> Config:
         stages=StageConfigs(
             vae=StageConfig(steps=4000, batch=32, lr=1e-3),
             encoder=StageConfig(steps=6000, batch=128, lr=1e-3),
-            latent=StageConfig(steps=20000, batch=64, **usual),
+            latent=StageConfig(steps=20000, batch=64, shift=4.0, **usual),
             semantic=StageConfig(steps=10000, batch=128, **usual),
-            base=StageConfig(steps=30000, batch=64, **usual),
+            base=StageConfig(steps=30000, batch=64, shift=4.0, **usual),
         ),
     )
 
@@ -189,19 +189,12 @@ def wan_tiny() -> Config:
     config = tiny()
     sizes = WanConfig(channels=8, text_dim=64, heads=5, head_width=32, depth=4, ffn=640, waves=64)
     dit = WanDiTConfig(channels=8, rate=2.0, text_dim=64, train="all", rank=16, wan=sizes)
-    latent = replace(config.stages.latent, text_dropout_start=0.9, text_dropout_steps=300)
-    stages = replace(config.stages, latent=latent)
+    dropped = dict(text_dropout=0.3, text_dropout_start=0.9, text_dropout_steps=300)
+    stages = replace(config.stages, latent=replace(config.stages.latent, **dropped))
     return override(config, preset="wan_tiny", latent=dit, semantic=dit, stages=stages)
 
 
-PRESETS: dict[str, Callable[[], Config]] = {
-    "tiny": tiny,
-    "tiny_long": tiny_long,
-    "small": small,
-    "paper": paper,
-    "wan": wan,
-    "wan_tiny": wan_tiny,
-}
+PRESETS = {each.__name__: each for each in (tiny, tiny_long, small, paper, wan, wan_tiny)}
 
 
 def preset(name: str) -> Config:
@@ -212,9 +205,12 @@ def preset(name: str) -> Config:
 
 
 def attention_window(config: Config) -> float:
-    """Return the painter's T_w in seconds; a quarter of the clip where there is none yet."""
+    """Return the painter's T_w in seconds; if it has none, what fits best to a quarter clip."""
     rates = config.latent.rate, config.latent.context_rate
-    return config.latent.window or float(fitting_window(rates, config.data.seconds / 4))
+    window = config.latent.window or float(fitting_window(rates, config.data.seconds / 4))
+    if window >= min(config.latent_grid()[0] / rates[0], config.plan_grid()[0] / rates[1]):
+        print(f"windows of {window:g} s, the shortest that fit, hold the clip: attention is full")
+    return window
 
 
 def clip_frames(config: Config, seconds: float) -> int:

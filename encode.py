@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import clips_of, to_float
-from parts import FLAGS
+from parts import FLAGS, computes
 from plumbing.cache import (
     NULL_TEXT,
     Cache,
@@ -25,7 +25,6 @@ from plumbing.cache import (
     write_entry,
 )
 from plumbing.captions import list_videos
-from plumbing.device import computing
 from plumbing.fields import build_field, flat_fields
 from plumbing.files import UserError, update_file
 from plumbing.processes import Team
@@ -41,21 +40,18 @@ PARTS = ("data", *FLAGS)  # the components that decide how clips are encoded
 def clips_in_memory(run: Run, world: World) -> Memory:
     """Return the world's clips, encoded by a run's parts when they are first asked for."""
 
-    def computes(part: str):
-        return computing(run.device, "float32" if run.released(part) else run.config.dtype)
-
     def latents(indices: Sequence[int]) -> Tensor:
-        with computes("vae"):
+        with computes(run, "vae"):
             video = to_float(world.batch(indices).video).to(run.device)
             return torch.stack(run.vae.posterior(video), 1).cpu()
 
     def features(indices: Sequence[int]) -> Tensor:
-        with computes("encoder"):
+        with computes(run, "encoder"):
             video = to_float(world.semantic_video(indices)).to(run.device)
             return run.encoder.encode(video).bfloat16().cpu()
 
     def text(indices: Sequence[int]) -> Tensor:
-        with computes("text"):
+        with computes(run, "text"):
             return run.text.encode(world.captions(indices)).cpu()
 
     null_text = lambda _: run.text.null().cpu()  # noqa: E731

@@ -150,6 +150,8 @@ def main():
     test, held_out = (Evaluation(run, split, *kind) for split in ("test", "held_out"))
     train = set(World(run.config.data, "train").captions(range(run.config.stages.latent.clips)))
     new = sum(caption not in train for caption in test.captions)
+    if (data := run.note("base" if args.base else "latent").get("data", {})).get("listing"):
+        print(f"it learned from {data['name']}, the prompts are of the synthetic world")
     print(f"{len(test.captions)} prompts, {new} of them not among the training captions")
     name = "base: text -> video" if args.base else "text -> plan -> video"
     ways, unseen = ways_of(test, args, name), ways_of(held_out, args, name)[name]
@@ -170,9 +172,8 @@ def main():
         print(f"PSNR between samples in {run.config.dtype} and in {dtype}: {difference:.1f} dB")
     print(f"\n{explained(args.long)}")
     if args.json:
-        asked = {name: getattr(args, name) for name in ("prompts", "seed", "long", "seconds")}
-        content = {"run": str(args.run), **asked, "vae_psnr": decibels, "scores": rows}
-        write_file(args.json, json.dumps(content, indent=1).encode())
+        content = {**vars(args), "dtype": run.config.dtype, "vae_psnr": decibels, "scores": rows}
+        write_file(args.json, json.dumps(content, indent=1, default=str).encode())
 
 
 if __name__ == "__main__":

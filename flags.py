@@ -65,6 +65,9 @@ def frames_of(run: Run, seconds: float | None) -> int:
     frames, fps = clip_frames(run.config, seconds), run.config.data.fps
     if abs(frames - seconds * fps) > 1e-6:
         print(f"--seconds {seconds:g}: {frames} frames are made, {frames / fps:g} s")
+    if frames > run.config.data.frames:
+        known = run.config.data.seconds
+        print(f"it has learned clips of {known:g} s: what is told may not happen later than that")
     return frames
 
 

@@ -115,7 +115,7 @@ def grid_coords(
 ) -> Tensor:
     """Return (seconds, y, x) of every token's centre, (frames * height * width, 3); y, x in [0, 1].
 
-    Both streams are placed in the same coordinates: they line up although their rates differ.
+    So streams of any rates line up; after a VAE's latent of one frame alone, three frames late.
     """
     axes = [
         (torch.arange(count, device=device) + 0.5) / extent

@@ -102,9 +102,10 @@ def lr_factor(step: int, config: StageConfig) -> float:
 def changed_schedule(config: StageConfig, step: int, of: int) -> str:
     """Say what becomes of the learning rate where a stage was to have another number of steps."""
     before, now = lr_factor(step - 1, replace(config, steps=of)), lr_factor(step, config)
+    then = "up to it and then down" if step < config.warmup else "down from there"
     return (
         f"it was to have {of} steps, now {config.steps}: the learning rate goes from {before:.0%} "
-        f"of its peak to {now:.0%}, and down from there"
+        f"of its peak to {now:.0%}, and {then}"
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from plumbing.device import computing
 from plumbing.files import UserError
 from semantic import ENCODERS, PretrainedEncoderConfig, describe_encoder
 from settings import Config
@@ -101,3 +102,8 @@ def load_released(config, device: torch.device) -> nn.Module:
     if config.kind not in ENCODERS:
         raise UserError(f"an encoder {config.kind!r} is not known here")
     return ENCODERS[config.kind](config, device)
+
+
+def computes(run, part: str):
+    """Return the context in which a run's part computes: a released one in its own precision."""
+    return computing(run.device, "float32" if run.released(part) else run.config.dtype)

@@ -37,7 +37,7 @@ from toy.encoder import LatentEncoder, LatentEncoderConfig, TinyEncoder
 from toy.text import HashText
 from toy.vae import TinyVAE
 from vae import VideoVAE
-from wan import WanDiT, WanDiTConfig, build_dit, write_released
+from wan import WanDiTConfig, build_dit, write_released
 
 FORMAT = 2  # of the run folder; raised when older folders can no longer be read
 HELD = {  # the modules that a stage's weights file holds -> the parts of a run that they are
@@ -270,11 +270,12 @@ class Run:
 def export(source: Path, target: Path):
     """Copy a run's configuration and finished weights, in half precision, to another folder.
 
-    A base on Wan's transformer is written in full precision, in the released layout.
+    Without the base; but one on Wan's transformer is written, in full precision, as released ones.
     """
     run = Run.open(source)
     found = [stage for stage in RECIPE if run.finished(stage)]
-    if not found:
+    base = run.base if isinstance(run.config.base, WanDiTConfig) and run.finished("base") else None
+    if not found and not base:
         raise UserError(f"{source} has no weights to export")
     if Path(target).resolve() == Path(source).resolve():
         raise UserError(f"{target} is the run itself: name another folder")
@@ -293,10 +294,9 @@ def export(source: Path, target: Path):
     for stage, tensors in weights.items():  # in the order of training: notes name what is there
         copy.save(stage, tensors, {**run.note(stage), "made_of": copy.made_of(stage)})
     write_file(Path(target) / "config.json", (run.path / "config.json").read_bytes())
-    if run.finished("base") and isinstance(run.base, WanDiT):
-        write_released(run.base, Path(target))  # what --dit starts from
-        found.append("transformer")
-    print(f"{', '.join(found)} -> {target}")
+    if base:
+        write_released(base, Path(target))  # what --dit starts from
+    print(f"{', '.join([*found, *(['transformer'] if base else [])])} -> {target}")
 
 
 def main():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from data import reference_clip, to_float, to_uint8
 from flags import add_run_flags, encode_prompts, frames_of, open_run, options_of
 from flow import euler, guidance_weights
+from parts import computes
 from plumbing.device import computing
 from plumbing.files import UserError, check_target, command, require
 from plumbing.seeds import draw_noise, text_seed
@@ -110,22 +111,26 @@ def paint_latents(
     return euler(velocity, noise, options.steps, stage.shift)
 
 
-@in_run_dtype
+@torch.no_grad()
 def decode(run: Run, latents: Tensor) -> Tensor:
     """VAE latents (B, C, T, h, w) -> video (B, 3, F, H, W) uint8."""
-    return to_uint8(run.vae.decode(latents.to(run.device)))
+    with computes(run, "vae"):
+        return to_uint8(run.vae.decode(latents.to(run.device)))
 
 
-@in_run_dtype
+@torch.no_grad()
 def through_vae(run: Run, video: Tensor) -> Tensor:
     """Real video (B, 3, F, H, W) uint8 to latents and back: what no sample can surpass."""
-    return decode(run, run.vae.encode(to_float(video).to(run.device)))
+    with computes(run, "vae"):
+        latents = run.vae.encode(to_float(video).to(run.device))
+    return decode(run, latents)
 
 
 @in_run_dtype
 def reference_plans(run: Run, semantic_video: Tensor) -> Tensor:
     """Return the z_sem of real videos (Fig. 4): (B, 3, F, H, W) uint8 at the low rate."""
-    features = run.encoder.encode(to_float(semantic_video).to(run.device))
+    with computes(run, "encoder"):  # as it encodes for training
+        features = run.encoder.encode(to_float(semantic_video).to(run.device))
     return run.compressor.encode(features)
 
 
@@ -207,16 +212,17 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-@in_run_dtype
+@torch.no_grad()
 def write_sample(run: Run, latents: Tensor, frames: int, file: Path | None) -> Tensor:
     """Decode one sample into a file, if any, piece by piece; return what a sheet shows of it."""
     kept: list[Tensor] = []
     pieces = (to_uint8(x)[0].cpu() for x in run.vae.decode_pieces(latents.to(run.device)))
     pieces = picked(pieces, shown_frames(frames), kept)
-    if file:
-        write_video(file, pieces, run.config.data.fps)
-        print(file)
-    deque(pieces, 0)  # those that no file asked for
+    with computes(run, "vae"):
+        if file:
+            write_video(file, pieces, run.config.data.fps)
+            print(file)
+        deque(pieces, 0)  # those that no file asked for
     return torch.stack(kept, 1)
 
 

@@ -141,6 +141,15 @@ class Config:
         """Return (S, hs, ws) of z_sem, likewise."""
         return self.encoder.grid(*self.data.of_length(frames or self.data.frames).semantic_size)
 
+    def stretches(self) -> int:
+        """Return into how many equal stretches plan and latents can be cut together.
+
+        Where the two are not equally long (a VAE whose first frame is alone) there is but one.
+        """
+        plan, latents = self.plan_grid()[0], self.latent_grid()[0]
+        alike = plan * self.latent.rate == latents * self.latent.context_rate
+        return math.gcd(plan, latents) if alike else 1
+
     def latent_tokens(self, frames: int | None = None) -> int:
         """Return how many tokens a video's latents are."""
         return math.prod(self.latent_grid(frames)) // self.latent.patch**2
@@ -203,16 +212,31 @@ def check_fit(config: Config):
         raise UserError(f"compressor.kind={kind}: choose {', '.join(COMPRESSORS)}")
     if (kind == "none" and channels != dim) or (kind == "pca" and channels > dim):
         raise UserError(f"compressor.kind={kind}: of {dim} features it cannot make {channels}")
-    for name, known in (("dtype", DTYPES), ("start", STARTS)):
-        if getattr(config, name) not in known:
-            raise UserError(f"{name}={getattr(config, name)}: choose {', '.join(known)}")
+    precisions = dict.fromkeys((x for x in values if x.endswith(".dtype")), DTYPES[1:])
+    for name, known in {"dtype": DTYPES, "start": STARTS, **precisions}.items():
+        if values[name] not in known:
+            raise UserError(f"{name}={values[name]}: choose {', '.join(known)}")
     check_sizes(config.data, config.vae, config.encoder, config.latent, config.semantic)
+    for stage in ("latent", "semantic", "base"):
+        pieces, places = values[f"stages.{stage}.pieces"], config.stretches()
+        if places % pieces:
+            raise UserError(
+                f"stages.{stage}.pieces={pieces}: plan and latents can be cut together into "
+                f"{places} equal stretches, which do not divide by it"
+            )
+    vae, encoder = (config.data.shorter(values[f"stages.{x}.pieces"]) for x in ("vae", "encoder"))
+    try:
+        config.vae.grid(*vae.size), config.encoder.grid(*encoder.semantic_size)
+    except ValueError as error:
+        raise UserError(f"pieces of stages vae and encoder: {error}") from None
 
 
 @lru_cache(maxsize=64)  # a configuration is built several times on the way to a run
 def check_sizes(data, vae, encoder, latent: Network, semantic: Network):
     """Raise UserError where the parts cannot be built, or do not take each other's shapes."""
     try:
+        if math.prod(data.size) > 2**40:
+            raise ValueError(f"a clip of {' x '.join(map(str, data.size))} values fills any memory")
         latents = vae.grid(data.frames, data.height, data.width)
         plan = encoder.grid(data.semantic_frames, data.semantic_height, data.semantic_width)
         if isinstance(vae, TinyVAEConfig):
@@ -222,7 +246,9 @@ def check_sizes(data, vae, encoder, latent: Network, semantic: Network):
             grids = dit.layout(grid, plan if dit.context_channels else None)
             # As long as takes more than one window: a longer video may be asked for.
             times = 1 + math.ceil((dit.window or 0) / data.seconds)
-            streams = [each.stream._replace(frames=times * each.frames) for each in grids]
+            streams = [  # of one token a frame: only time matters
+                each.stream._replace(frames=times * each.frames, tokens=1) for each in grids
+            ]
             windows(streams, dit.window, shifted=False)
     except (ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
         raise UserError(f"sizes do not fit: {str(error).splitlines()[0]}") from None

@@ -18,7 +18,6 @@ A learner holds the modules of one stage. `draw` returns the inputs of `forward`
 batch, on the CPU; `forward` returns the loss, a mean over the rows, and what to log.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 
 from flow import flow_loss, path, sample_time
 from plumbing.device import count_flops, matmul_speed, recomputed
-from plumbing.files import UserError
 from plumbing.seeds import Rows
 from semantic import Compressor
 from settings import Config, StageConfig
@@ -99,20 +97,12 @@ def choose_stretch(config: Config, name: str, rows: Rows) -> tuple[Callable, Ten
 
     Returns a function that cuts the stretch out of (B, c, frames, h, w) at either rate, and the
     second at which the stretch starts. There a frame of the plan and one of the latents begin
-    together. If the two are not equally long (a VAE whose first frame is alone), only whole clips
-    will do. UserError if `pieces` does not fit.
+    together (`Config.stretches`).
     """
     pieces = getattr(config.stages, name).pieces
     if pieces == 1:
         return (lambda x: x), torch.tensor(0.0)
-    plan, latents = config.plan_grid()[0], config.latent_grid()[0]
-    alike = plan * config.latent.rate == latents * config.latent.context_rate
-    places = math.gcd(plan, latents) if alike else 1
-    if places % pieces:
-        raise UserError(
-            f"stages.{name}.pieces={pieces}: plan and latents can be cut together into "
-            f"{places} equal stretches, which do not divide by it"
-        )
+    places = config.stretches()
     length = places // pieces
     first = int(torch.randint(places - length + 1, (), generator=rows.common))
 
@@ -190,7 +180,7 @@ class Planner(nn.ModuleDict):
         super().__init__({"dit": build_dit(config.semantic)})
         self.config = config
         self.frozen = (compressor,)  # a tuple hides it from nn.Module: it is not trained
-        self.tokens = config.plan_tokens()
+        self.tokens = config.plan_tokens() // config.semantic.patch**2
 
     def draw(self, clips, rows: Rows) -> dict[str, Tensor]:
         stage = self.config.stages.semantic

@@ -11,7 +11,8 @@ are one attention call, so no mask is needed and no token is wasted.
 Tokens run stream by stream (latents, then semantics), within a stream frame by frame. Any number
 of streams works; one alone is the model without a plan (Base-CT-Swin). All streams are cut at the
 same seconds, and only where the shortest one still has frames. What a longer one has beyond that
-(the extra latent frame of a causal VAE) is in the last window, with the end of the plan.
+(a causal VAE makes one latent more, of the first frame alone) is in the last window, with the end
+of the plan; latents after the first then stand three of the video's frames late.
 
 Letters: N tokens; W windows of one group; n tokens of a window; D width; B batch; d head width.
 Public: Stream, fitting_window, window_bounds, windows, partition, merge, windowed_attention.
@@ -79,9 +80,9 @@ def windows(
 
     A group is a LongTensor (W, n): W windows with the same number of frames of each stream, n
     token indices each, in the order of the sequence. Every token is in exactly one window. There
-    are at most three groups: first, middle and last windows. Raises ValueError for an empty stream
-    and, naming a length that works, where T_w or T_w / 2 would cut through a frame. Cached, so
-    cheap to call in every forward pass; do not write into the result.
+    are at most three groups: first, middle and last windows. Raises ValueError for an empty stream,
+    a T_w or rate of 0 or less and, naming a length that works, where T_w or T_w / 2 would cut
+    through a frame. Cached, so cheap to call in every forward pass; do not write into the result.
     """
     if torch.compiler.is_compiling():  # fractions cannot be traced: this runs as plain Python
         # Not a decorator, which would import the compiler whether it is needed or not.

@@ -197,6 +197,8 @@ def influence(run: Run, progress: Progress, source, rows: Sequence[range], team:
             progress.modules.draw(source, progress.rows(range(a, b), progress.step - 1))
             for a, b in ((part.start, part.stop), (part.start + 1, part.stop + 1))
         )
+        shown = progress.rows(part, progress.step - 1).indices(progress.clips)
+        inputs["text"] = source.text(shown)  # none dropped, nor any plan
         inputs["keep_context"] = torch.ones(len(part), dtype=torch.bool)
         shuffled = {**inputs, **{name: others[name] for name in ("features", "plan_noise")}}
         with computing(run.device, run.config.dtype):

@@ -1,4 +1,4 @@
-"""README's first picture: videos made from text, moving, each beside its plan.
+"""README's moving picture: videos made from text, moving, each beside its plan.
 
     python benchmarks/picture.py            # assets/samples.webp, with the shipped weights
 

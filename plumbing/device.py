@@ -58,8 +58,8 @@ def faster_dtype(device: torch.device) -> str:
 def computing(device: torch.device, dtype: str):
     """Run matrix products in dtype ("bfloat16" or "float32") and pick the kernels that suit."""
     with contextlib.ExitStack() as stack:
-        if dtype == "bfloat16":
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        # Switched off, too: a part may compute in float32 inside of another that does not.
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"))
         if device.type == "cpu":  # torch's fused attention is slow here on short sequences
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield

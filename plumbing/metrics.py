@@ -48,6 +48,10 @@ class Metrics:
 
     def plot(self):
         """Draw loss.png, a panel for each stage, if matplotlib is there."""
+        text = self.path.read_text("utf-8", "replace") if self.path.exists() else ""
+        lines = read_metrics(self.path, text)
+        if not lines:
+            return
         try:
             import matplotlib
         except ImportError:
@@ -56,7 +60,6 @@ class Metrics:
         matplotlib.use("agg")
         from matplotlib import pyplot
 
-        lines = read_metrics(self.path, self.path.read_text("utf-8", "replace"))
         stages = list(dict.fromkeys(line["stage"] for line in lines))  # in the order of training
         figure, panels = pyplot.subplots(
             1, len(stages), figsize=(4 * len(stages), 3), squeeze=False, layout="constrained"

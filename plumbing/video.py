@@ -175,7 +175,8 @@ def write_video(path: Path, pieces: Iterable[Tensor], fps: float):
         return
     images = [Image.fromarray(picture) for picture in pictures]
     tick = 10 if path.suffix == ".gif" else 1  # milliseconds: the format's unit of time
-    ends = [round(k * 1000 / fps / tick) * tick for k in range(len(images) + 1)]
+    # No frame begins after its time, so that who asks what is shown then finds it.
+    ends = [int(k * 1000 / fps / tick) * tick for k in range(len(images) + 1)]
     options = {"lossless": True} if path.suffix == ".webp" else {}
     buffer = BytesIO()
     images[0].save(

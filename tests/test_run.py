@@ -333,6 +333,14 @@ def test_exporting_nothing_or_onto_itself_is_refused(run, tmp_path):
     assert {x.dtype for x in load_file(run.weights_file("vae")).values()} == {torch.float32}
 
 
+def test_what_is_exported_does_not_ask_for_a_base(tmp_path):
+    """The control of an older VAE, which is not exported, stops nothing."""
+    run = random_run(tmp_path / "run")
+    run.save("base", load_file(run.weights_file("base")), {"made_of": {"vae": "another"}})
+    export(run.path, tmp_path / "out")
+    assert Run.open(tmp_path / "out").has("vae") and not Run.open(tmp_path / "out").has("base")
+
+
 # --- training states ----------------------------------------------------------------------------
 
 

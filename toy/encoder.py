@@ -203,15 +203,13 @@ class HiddenLearner(nn.ModuleDict):
         """size: of the low-rate video. captions: not used."""
         head = nn.Linear(config.dim, 2 * 3 * PATCH**2)
         super().__init__({"encoder": TinyEncoder(config), "head": head})
-        self.grid = config.grid(*size)
-        self.tokens = math.prod(self.grid)  # of a clip
+        self.tokens = math.prod(config.grid(*size))  # of a clip
 
     def draw(self, dataset, rows: Rows) -> dict[str, Tensor]:
         video = dataset.semantic_video(rows.indices(len(dataset)))
-        return {
-            "video": video,
-            "hidden": rows.draw(lambda rng: torch.rand(self.grid, generator=rng)),
-        }
+        grid = self["encoder"].config.grid(*video.shape[2:])
+        hidden = rows.draw(lambda rng: torch.rand(grid, generator=rng))
+        return {"video": video, "hidden": hidden}
 
     def forward(self, video: Tensor, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """video: (B, 3, F, H, W) uint8; hidden: (B, S, hs, ws), hidden where below HIDDEN."""

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import PRESETS, shapes, tiny
+from config import PRESETS, attention_window, paper, preset, shapes, tiny
 from model import DiT, DiTConfig
 from plumbing.fields import build, field_types, flat_fields, parse_value
 from plumbing.files import UserError
@@ -377,3 +377,31 @@ def test_a_choice_that_is_none_is_refused_before_anything_is_trained(setting):
 @pytest.mark.parametrize("preset", ["tiny", "small"])  # paper needs weights
 def test_a_preset_can_be_run(preset):
     try_all(PRESETS[preset]())
+
+
+@pytest.mark.parametrize(
+    "name, changes, words",
+    [
+        ("paper", ["encoder.dtype=flaot32"], "encoder.dtype=flaot32: choose float32, bfloat16"),
+        ("paper", ["vae.dtype=auto"], "vae.dtype=auto: choose float32, bfloat16"),
+        ("tiny", ["stages.vae.pieces=8"], "multiples of 4 frames"),
+        ("tiny", ["stages.encoder.pieces=3"], "do not divide by it"),
+        ("tiny", ["stages.base.pieces=3"], "2 equal stretches, which do not divide by it"),
+        ("wan", ["stages.latent.pieces=2"], "1 equal stretches, which do not divide by it"),
+        ("tiny", ["data.height=1000000", "data.width=1000000"], "fills any memory"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is(name, changes, words):
+    with pytest.raises(UserError, match=words):
+        override(preset(name), changes)
+
+
+def test_a_window_of_many_clips_is_checked_in_little_time():
+    """By frames alone: of so many clips the tokens would not fit into memory."""
+    assert override(paper(), ["latent.window=100000.0"]).latent.window == 100000.0
+
+
+@pytest.mark.parametrize("name, full", [("paper", True), ("tiny", True), ("wan", False)])
+def test_a_window_that_holds_the_clip_is_told(name, full, capsys):
+    attention_window(preset(name))
+    assert ("attention is full" in capsys.readouterr().out) == full

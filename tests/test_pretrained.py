@@ -57,7 +57,7 @@ import chain
 import semantic
 import text as text_module
 import vae as vae_module
-from data import to_float
+from data import to_float, to_uint8
 from plumbing.files import UserError, require
 from plumbing.weights import locate, read_settings, read_tensor, tensor_files
 from semantic import ENCODERS, PretrainedEncoderConfig, QwenVisionTower, describe_encoder
@@ -1650,7 +1650,11 @@ def test_training_and_sampling_with_released_parts(
     assert call(train.main, "--stage", "vae", *common, *settings) == 2
     one_line(capsys, "released weights")
 
-    out = tmp_path / "out.webp"
+    out, opened = tmp_path / "out.webp", Run.open(run)
+    opened.config = replace(opened.config, dtype="bfloat16")  # not what released parts compute in
+    latents = torch.randn(1, wan[1].config.z_dim, 3, 2, 4)
+    plain = to_uint8(opened.vae.decode(latents)).int()
+    assert (sample.decode(opened, latents).int() - plain).abs().max() <= 1
     assert call(sample.main, "--run", run, "a red circle", "--out", out) == 0
     with Image.open(out) as video:
         assert video.n_frames == 9

@@ -34,10 +34,11 @@ import run as run_module
 import sample
 import train
 from chain import check_chain
+from config import tiny, tiny_long
 from data import Folder
 from encode import clips_in_memory
 from flow import shift_time
-from optim import Muon, build_optimizers, ema_decay, lr_factor, update_ema
+from optim import Muon, build_optimizers, changed_schedule, ema_decay, lr_factor, update_ema
 from plumbing.device import computing, matmul_speed, prepared_ahead, recomputed, spare_processes
 from plumbing.files import UserError
 from plumbing.folder import write_state
@@ -47,6 +48,7 @@ from plumbing.progress import Progress
 from plumbing.seeds import Rows
 from run import Run, export
 from semantic import Compressor
+from settings import override
 from stages import NEEDS, ORDER, RECIPE, Painter, learner, work
 from toy.world import World
 
@@ -1356,3 +1358,32 @@ print(pages(10))
     ]
     kept, usual = (int(x.stdout) for x in found)
     assert kept < usual / 10, (kept, usual)
+
+
+def test_hidden_pixels_are_learned_from_pieces_of_clips_too():
+    config = override(tiny_long(), ["encoder.learns=hidden"])
+    hiding = learner(config, "encoder")
+    inputs = hiding.draw(World(config.data).shorter(4), Rows(range(2), 0, "encoder", 0))
+    assert hiding(**inputs)[0].isfinite()
+
+
+def test_the_curves_of_a_run_without_a_line_are_not_drawn(tmp_path):
+    """Ctrl-C in the first steps, then fewer of them: the stage is done without a line."""
+    Metrics(tmp_path, "vae", 0).plot()
+    (tmp_path / "metrics.jsonl").touch()
+    Metrics(tmp_path, "vae", 0).plot()
+    assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.parametrize("step, then", [(20, "up to it and then down"), (300, "down from there")])
+def test_a_changed_schedule_says_where_the_rate_goes(step, then):
+    config = override(tiny(), ["stages.latent.warmup=100", "stages.latent.steps=1000"])
+    assert changed_schedule(config.stages.latent, step, 500).endswith(then)
+
+
+def test_the_planners_tokens_are_what_its_network_sees():
+    config = override(tiny(), ["semantic.patch=2"])
+    planner = learner(
+        config, "semantic", compressor=Compressor(config.encoder.dim, config.compressor)
+    )
+    assert planner.tokens == math.prod(config.plan_grid()) // 4

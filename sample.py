@@ -24,7 +24,6 @@ from data import reference_clip, to_float, to_uint8
 from flags import add_run_flags, encode_prompts, frames_of, open_run, options_of
 from flow import euler, guidance_weights
 from parts import computes
-from plumbing.device import computing
 from plumbing.files import UserError, check_target, command, require
 from plumbing.seeds import draw_noise, text_seed
 from plumbing.sheet import contact_sheet, picked, shown_frames
@@ -65,18 +64,21 @@ def guided(dit: nn.Module, text: Tensor, guidance: float, context=None, context_
     return velocity
 
 
-def in_run_dtype(function: Callable) -> Callable:
-    """Let a function, whose first argument is a run, compute in its dtype without gradients."""
+def computed_by(part: str) -> Callable:
+    """Let a function, whose first argument is a run, compute as a part of it, without gradients."""
 
-    @functools.wraps(function)
-    def computed(run: Run, *args, **kwargs):
-        with torch.no_grad(), computing(run.device, run.config.dtype):
-            return function(run, *args, **kwargs)
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def computed(run: Run, *args, **kwargs):
+            with torch.no_grad(), computes(run, part):
+                return function(run, *args, **kwargs)
 
-    return computed
+        return computed
+
+    return decorate
 
 
-@in_run_dtype
+@computed_by("planner")
 def sample_plans(run: Run, text: Tensor, seeds: Sequence[int], frames=None, options=None) -> Tensor:
     """Stage 1: text (B, L, dim) -> z_sem (B, K, S, hs, ws).
 
@@ -90,7 +92,7 @@ def sample_plans(run: Run, text: Tensor, seeds: Sequence[int], frames=None, opti
     return run.compressor.denormalise(plans)
 
 
-@in_run_dtype
+@computed_by("painter")
 def paint_latents(
     run: Run, text: Tensor, seeds: Sequence[int], plans: Tensor | None, frames=None, options=None
 ) -> Tensor:
@@ -111,22 +113,19 @@ def paint_latents(
     return euler(velocity, noise, options.steps, stage.shift)
 
 
-@torch.no_grad()
+@computed_by("vae")
 def decode(run: Run, latents: Tensor) -> Tensor:
     """VAE latents (B, C, T, h, w) -> video (B, 3, F, H, W) uint8."""
-    with computes(run, "vae"):
-        return to_uint8(run.vae.decode(latents.to(run.device)))
+    return to_uint8(run.vae.decode(latents.to(run.device)))
 
 
-@torch.no_grad()
+@computed_by("vae")
 def through_vae(run: Run, video: Tensor) -> Tensor:
     """Real video (B, 3, F, H, W) uint8 to latents and back: what no sample can surpass."""
-    with computes(run, "vae"):
-        latents = run.vae.encode(to_float(video).to(run.device))
-    return decode(run, latents)
+    return decode(run, run.vae.encode(to_float(video).to(run.device)))
 
 
-@in_run_dtype
+@computed_by("compressor")
 def reference_plans(run: Run, semantic_video: Tensor) -> Tensor:
     """Return the z_sem of real videos (Fig. 4): (B, 3, F, H, W) uint8 at the low rate."""
     with computes(run, "encoder"):  # as it encodes for training
@@ -151,7 +150,7 @@ def prompt_seed(seed: int, prompt: str) -> int:
     return text_seed(f"{seed} {prompt}") % 2**32
 
 
-@in_run_dtype
+@computed_by("painter")
 def show_stage(run: Run, stage: str, source):
     """Write samples/STAGE.png: what a stage does with a few clips.
 
@@ -212,17 +211,16 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-@torch.no_grad()
+@computed_by("vae")
 def write_sample(run: Run, latents: Tensor, frames: int, file: Path | None) -> Tensor:
     """Decode one sample into a file, if any, piece by piece; return what a sheet shows of it."""
     kept: list[Tensor] = []
     pieces = (to_uint8(x)[0].cpu() for x in run.vae.decode_pieces(latents.to(run.device)))
     pieces = picked(pieces, shown_frames(frames), kept)
-    with computes(run, "vae"):
-        if file:
-            write_video(file, pieces, run.config.data.fps)
-            print(file)
-        deque(pieces, 0)  # those that no file asked for
+    if file:
+        write_video(file, pieces, run.config.data.fps)
+        print(file)
+    deque(pieces, 0)  # those that no file asked for
     return torch.stack(kept, 1)
 
 

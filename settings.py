@@ -217,9 +217,9 @@ def check_fit(config: Config):
         if values[name] not in known:
             raise UserError(f"{name}={values[name]}: choose {', '.join(known)}")
     check_sizes(config.data, config.vae, config.encoder, config.latent, config.semantic)
+    places = config.stretches()
     for stage in ("latent", "semantic", "base"):
-        pieces, places = values[f"stages.{stage}.pieces"], config.stretches()
-        if places % pieces:
+        if places % (pieces := values[f"stages.{stage}.pieces"]):
             raise UserError(
                 f"stages.{stage}.pieces={pieces}: plan and latents can be cut together into "
                 f"{places} equal stretches, which do not divide by it"

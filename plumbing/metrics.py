@@ -20,13 +20,17 @@ class Metrics:
     def __init__(self, folder: Path, stage: str, step: int, board=None):
         """step: what training goes on from. board: a SummaryWriter of TensorBoard, if asked for."""
         self.path, self.stage, self.board = folder / "metrics.jsonl", stage, board
-        text = self.path.read_text("utf-8", "replace") if self.path.exists() else ""
+        text = self.text()
         whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
         lines = read_metrics(self.path, whole)
         # Lines after the state that training goes on from will be written again.
         kept = [x for x in lines if x["stage"] != stage or x["step"] <= step]
         if kept != lines or whole != text:
             write_file(self.path, "".join(json.dumps(x) + "\n" for x in kept).encode())
+
+    def text(self) -> str:
+        """Return what is logged so far; damaged characters are replaced."""
+        return self.path.read_text("utf-8", "replace") if self.path.exists() else ""
 
     def write(self, step: int, logs: Sequence[dict], now: dict, clock: dict) -> dict:
         """Append a line: means of what several steps logged, values of this moment, and timings."""
@@ -48,8 +52,7 @@ class Metrics:
 
     def plot(self):
         """Draw loss.png, a panel for each stage, if matplotlib is there."""
-        text = self.path.read_text("utf-8", "replace") if self.path.exists() else ""
-        lines = read_metrics(self.path, text)
+        lines = read_metrics(self.path, self.text())
         if not lines:
             return
         try:

@@ -386,6 +386,12 @@ def test_a_length_that_can_be_met_is_not_told(run, capsys, seconds):
     [
         (tiny(), 1.2, "--seconds 1.2: 8 frames are made, 1 s"),
         (tiny(), 1.9, "--seconds 1.9: 16 frames are made, 2 s"),
+        (
+            tiny(),
+            3.6,
+            "--seconds 3.6: 32 frames are made, 4 s\n"
+            "it has learned clips of 2 s: what is told may not happen later than that",
+        ),
         (paper(), 5.0, "--seconds 5: 121 frames are made, 5.04167 s"),  # the first one is alone
     ],
 )

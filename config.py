@@ -51,11 +51,11 @@ def tiny() -> Config:
         latent=latent,
         semantic=DiTConfig(channels=compressor.channels, rate=pairs, text_dim=text.dim),
         stages=StageConfigs(
-            vae=StageConfig(steps=850, batch=8, ema=0.99),
+            vae=StageConfig(steps=600, batch=8, ema=0.99),
             encoder=StageConfig(steps=430, batch=64),
-            latent=StageConfig(steps=2700, batch=16, clips=4096, shift=4.0, text_dropout=0.2),
+            latent=StageConfig(steps=2300, batch=16, clips=4096, shift=6.0, text_dropout=0.25),
             semantic=StageConfig(steps=500, batch=32, clips=4096),
-            base=StageConfig(steps=5000, batch=16, clips=4096, shift=4.0),
+            base=StageConfig(steps=4500, batch=16, clips=4096, shift=6.0),
         ),
         sample=SampleConfig(),
     )
@@ -84,7 +84,7 @@ def tiny_long() -> Config:
         stages=StageConfigs(
             vae=replace(stages.vae, pieces=4),
             encoder=replace(stages.encoder, pieces=4),
-            latent=replace(stages.latent, steps=2600, batch=8, pieces=2, text_dropout=0.3),
+            latent=replace(stages.latent, steps=2300, batch=8, pieces=2, text_dropout=0.3),
             semantic=replace(stages.semantic, steps=2400, batch=8, shift=2.0),
             base=replace(stages.base, pieces=2),
         ),
@@ -108,9 +108,9 @@ def small() -> Config:
         stages=StageConfigs(
             vae=StageConfig(steps=4000, batch=32, lr=1e-3),
             encoder=StageConfig(steps=6000, batch=128, lr=1e-3),
-            latent=StageConfig(steps=20000, batch=64, shift=4.0, **usual),
+            latent=StageConfig(steps=20000, batch=64, shift=6.0, **usual),
             semantic=StageConfig(steps=10000, batch=128, **usual),
-            base=StageConfig(steps=30000, batch=64, shift=4.0, **usual),
+            base=StageConfig(steps=30000, batch=64, shift=6.0, **usual),
         ),
     )
 

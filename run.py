@@ -39,7 +39,7 @@ from toy.vae import TinyVAE
 from vae import VideoVAE
 from wan import WanDiTConfig, build_dit, write_released
 
-FORMAT = 2  # of the run folder; raised when older folders can no longer be read
+FORMAT = 3  # of the run folder; raised when older folders can no longer be read
 HELD = {  # the modules that a stage's weights file holds -> the parts of a run that they are
     "vae": {"vae": "vae"},
     "encoder": {"encoder": "encoder"},

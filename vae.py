@@ -1,9 +1,9 @@
 """Video VAEs: pixels to the latents that stage 2 denoises, and back.
 
 The paper uses a 3D VAE that it does not describe further (Sec. 3.1). Here it is `WanVAE`, Wan2.1's;
-the miniature's is `TinyVAE` in toy/vae.py. Latents are normalised by the mean and the deviation of
-each channel, so that the diffusion sees about zero mean and unit variance whatever the VAE's own
-scale is. Wan's statistics are published with its weights; TinyVAE measures its own.
+the miniature's is `TinyVAE` in toy/vae.py. Latents are normalised, so that the diffusion sees about
+zero mean and unit variance whatever the VAE's own scale is: Wan's by the mean and the deviation of
+each channel, which are published with its weights; TinyVAE measures its own, and whitens.
 
 Layouts: video (B, 3, F, H, W) float in [-1, 1]; latents (B, C, T, h, w).
 """
@@ -47,17 +47,6 @@ class VideoVAE(Protocol):
 
     def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the same video piece by piece, so that not all of it is in memory."""
-
-
-def normalise_posterior(
-    posterior: tuple[Tensor, Tensor], mean: Tensor, std: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return mean and log-variance of (x - mean) / std, float32, for an x of that posterior.
-
-    posterior: mean and log-variance (B, C, T, h, w); mean, std: of each channel, (C, 1, 1, 1).
-    """
-    middle, log_variance = (x.float() for x in posterior)
-    return (middle - mean) / std, log_variance - 2 * std.log()
 
 
 # --- a released VAE -----------------------------------------------------------------------------
@@ -159,7 +148,8 @@ class WanVAE(nn.Module):
         """Return mean and log-variance of normalised latents, (B, C, T, h, w) float32."""
         self.config.grid(*video.shape[2:])  # diffusers would drop what does not fit
         raw = self.model.encode(video.to(self.model.dtype)).latent_dist
-        return normalise_posterior((raw.mean, raw.logvar), self.mean, self.std)
+        mean, log_variance = raw.mean.float(), raw.logvar.float()
+        return (mean - self.mean) / self.std, log_variance - 2 * self.std.log()
 
     def encode(self, video: Tensor) -> Tensor:
         """Return normalised latents: (B, 3, F, H, W) in [-1, 1] -> (B, C, T, h, w) float32."""

@@ -224,6 +224,7 @@ FIELDS = {  # field -> what it cannot be
     "vae.time_patch": ["0", "-4", "3"],
     "vae.space_patch": ["0", "-4", "3"],
     "vae.kl_weight": ["nan", "-1", "inf"],
+    "vae.white": ["0", "-1", "3", str(10**30)],
     "text.words": ["0", "-1", str(10**30)],
     "text.dim": ["0", "-1", str(10**30)],
     "encoder.dim": ["0", "-4", "30", "nan"],

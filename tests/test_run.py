@@ -186,7 +186,7 @@ def test_a_broken_configuration(tmp_path, content):
 
 def test_a_configuration_of_another_format(run):
     edit(run, format=99)
-    with pytest.raises(UserError, match="format 99, this version reads 2"):
+    with pytest.raises(UserError, match="format 99, this version reads 3"):
         Run.open(run.path)
 
 

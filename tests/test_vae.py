@@ -17,7 +17,7 @@ from torch.distributions import Normal, kl_divergence
 
 from toy.vae import ResBlock, TinyVAE, TinyVAEConfig
 
-SMALL = TinyVAEConfig(channels=3, width=16, blocks=1, time_patch=2, space_patch=4)
+SMALL = TinyVAEConfig(channels=3, width=16, blocks=1, time_patch=2, space_patch=4, white=1)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -180,44 +180,101 @@ def test_one_clip_is_learned():
 # --- the statistics ----------------------------------------------------------------------------
 
 
-def test_latents_have_the_statistics_of_the_clips_they_were_measured_on():
-    vae, video = awake(), clips(8) + 0.3
-    before = vae.encode(video)
-    assert before.mean((0, 2, 3, 4)).abs().max() > 0.01  # there is something to normalise
+def squares(latents: Tensor, side: int) -> Tensor:
+    """Return the numbers of each square of positions, (squares, C side^2): cut out one by one."""
+    B, _, T, h, w = latents.shape
+    corners = [
+        (b, t, y, x)
+        for b in range(B)
+        for t in range(T)
+        for y in range(0, h, side)
+        for x in range(0, w, side)
+    ]
+    cut = [latents[b, :, t, y : y + side, x : x + side].reshape(-1) for b, t, y, x in corners]
+    return torch.stack(cut)
+
+
+@pytest.mark.parametrize("white", [1, 2])
+@torch.no_grad()
+def test_latents_of_the_clips_they_were_measured_on_are_white(white):
+    """Zero mean, and within squares unit variance and no correlation."""
+    vae, video = awake(replace(SMALL, white=white)), clips(64, height=16, width=16) + 0.3
+    before = torch.corrcoef(squares(vae.raw_posterior(video)[0], white).T)
+    assert (before - torch.eye(len(before))).abs().max() > 0.1  # there is something to whiten
     vae.set_statistics(video)
     latents = vae.encode(video)
-    assert latents.shape == (8, 3, 2, 2, 3) and latents.dtype == torch.float32
-    assert_close(latents.mean((0, 2, 3, 4)), 0.0)
-    assert_close(latents.std((0, 2, 3, 4)), 1.0)
+    assert latents.shape == (64, 3, 2, 4, 4) and latents.dtype == torch.float32
+    assert_close(squares(latents, white).mean(0), 0.0)
+    assert_close(squares(latents, white).T.cov(), torch.eye(3 * white**2), 1e-3)
+
+
+@torch.no_grad()
+def test_no_turn_is_nearer_to_the_raw_latents():
+    """Of all roots of the covariance the symmetric one: the least is moved (ZCA)."""
+    vae, video = awake(), clips(64)
+    vae.set_statistics(video)
+    assert_close(vae.root, vae.root.T)
+    assert torch.linalg.eigvalsh(vae.root).min() > 0
+    raw = squares(vae.raw_posterior(video)[0], 1)
+    assert_close(vae.root @ vae.root, raw.T.cov())
+
+
+@torch.no_grad()
+def test_what_does_not_vary_is_not_blown_up():
+    vae, video = awake(), clips(8)
+    vae.encoder[-1].weight[1] = 0  # a channel without information
+    vae.set_statistics(video)
+    assert vae.encode(video).abs().max() < 100
+    nn.init.zeros_(vae.encoder[-1].weight)
+    vae.set_statistics(video)
+    assert vae.encode(video).isfinite().all()
+
+
+means = st.lists(st.floats(-5, 5), min_size=12, max_size=12)
+deviations = st.lists(st.floats(0.01, 20), min_size=12, max_size=12)
 
 
 @settings(max_examples=20)
-@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0.01, 20)), min_size=3, max_size=3))
+@given(means, deviations, st.integers(0, 99))
 @torch.no_grad()
-def test_a_draw_of_normalised_latents_is_the_normalised_draw(statistics):
-    """The posterior's mean and log-variance are both normalised, whatever the statistics."""
-    vae, video, noise = awake(), clips(), randn(2, 3, 2, 2, 3)
-    mean, log_variance = vae.raw_posterior(video)
-    raw = mean + noise * (0.5 * log_variance).exp()
-    centre, scale = torch.tensor(statistics).T.reshape(2, 3, 1, 1, 1)
-    vae.mean.copy_(centre)
-    vae.std.copy_(scale)
+def test_a_draw_of_white_latents_is_the_white_draw(means, deviations, seed):
+    """The mean exactly; the log-variance, of each latent by itself, in each variance."""
+    vae, video = awake(replace(SMALL, white=2)), clips(width=8)
+    turn = torch.linalg.qr(randn(12, 12, seed=seed))[0]
+    vae.mean.copy_(torch.tensor(means))
+    vae.root.copy_(turn * torch.tensor(deviations) @ turn.T)
+    raw = vae.raw_posterior(video)
     mean, log_variance = vae.posterior(video)
-    draw = mean + noise * (0.5 * log_variance).exp()
-    assert_close(draw * scale, raw - centre, 1e-4)
+    back = squares(mean, 2) @ vae.root.T
+    assert_close(back, squares(raw[0], 2) - vae.mean, 1e-3)
+    inverse = turn / torch.tensor(deviations) @ turn.T
+    each = [inverse @ x.exp().diag() @ inverse.T for x in squares(raw[1], 2)]
+    expected = torch.stack([x.diagonal() for x in each])
+    assert_close(squares(log_variance, 2), expected.log(), 1e-3)
     assert vae.encode(video).equal(mean)
 
 
 @settings(max_examples=20)
-@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0.01, 20)), min_size=3, max_size=3))
+@given(means, deviations, st.integers(0, 99))
 @torch.no_grad()
-def test_decode_undoes_encode_whatever_the_statistics(statistics):
-    vae, video = awake(), clips()
+def test_decode_undoes_encode_whatever_the_statistics(means, deviations, seed):
+    vae, video = awake(replace(SMALL, white=2)), clips(width=8)
     expected = vae.reconstruct(vae.raw_posterior(video)[0]).clamp(-1, 1)
-    mean, std = torch.tensor(statistics).T.reshape(2, 3, 1, 1, 1)
-    vae.mean.copy_(mean)
-    vae.std.copy_(std)
-    assert_close(vae.decode(vae.encode(video)), expected, 1e-4)
+    turn = torch.linalg.qr(randn(12, 12, seed=seed))[0]
+    vae.mean.copy_(torch.tensor(means))
+    vae.root.copy_(turn * torch.tensor(deviations) @ turn.T)
+    assert_close(vae.decode(vae.encode(video)), expected, 1e-3)
+
+
+@torch.no_grad()
+def test_autocast_does_not_round_the_latents():
+    vae, video = awake(), clips()
+    vae.set_statistics(clips(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        raw, latents = vae.raw_posterior(video)[0].float(), vae.encode(video)
+    expected = (squares(raw, 1) - vae.mean) @ torch.linalg.inv(vae.root)
+    assert latents.dtype == torch.float32
+    assert_close(squares(latents, 1), expected, 1e-5)
 
 
 def test_decoded_video_stays_in_range():

@@ -13,7 +13,6 @@ from data import to_float
 from plumbing.seeds import Rows
 from semantic import gaussian_kl
 from toy.conv import ResBlock
-from vae import normalise_posterior
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class TinyVAEConfig:
     space_patch: int = 4  # pixels per latent position, each way
     kl_weight: float = 1e-3  # per latent element, against the mean of L1 + L2 per pixel
     span: int | None = None  # latent frames coded together, longer videos in chunks; None = all
+    white: int = 2  # latents are whitened in squares of so many positions a side
 
     @property
     def first(self) -> int:
@@ -36,10 +36,11 @@ class TinyVAEConfig:
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return (T, h, w); ValueError names the multiples that fit."""
         time, space = self.time_patch, self.space_patch
-        if frames % time or height % space or width % space or not frames:
+        side = space * self.white
+        if frames % time or height % side or width % side or not frames:
             raise ValueError(
                 f"video of {frames} frames, {height} x {width}: the VAE needs multiples of "
-                f"{time} frames and {space} pixels"
+                f"{time} frames and {side} pixels ({self.white} patches of {space})"
             )
         return frames // time, height // space, width // space
 
@@ -60,8 +61,9 @@ class TinyVAE(nn.Module):
 
         self.encoder = tower(pixels, 2 * config.channels)
         self.decoder = tower(config.channels, pixels)
-        self.register_buffer("mean", torch.zeros(config.channels, 1, 1, 1))
-        self.register_buffer("std", torch.ones(config.channels, 1, 1, 1))
+        square = config.channels * config.white**2  # numbers of a square of latents
+        self.register_buffer("mean", torch.zeros(square))
+        self.register_buffer("root", torch.eye(square))
 
     def raw_posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance (B, C, T, h, w) of the raw latents, before normalisation."""
@@ -98,26 +100,52 @@ class TinyVAE(nn.Module):
         loss = error.abs().mean() + l2 + self.config.kl_weight * kl
         return loss, {"psnr": 10 * torch.log10(4 / l2.detach()), "kl": kl.detach()}
 
+    def _squares(self, latents: Tensor) -> Tensor:
+        """Return the numbers of each square: (B, C, T, h, w) -> (B, T, h/p, w/p, C p^2)."""
+        p = self.config.white
+        return rearrange(latents, "b c t (h p) (w q) -> b t h w (c p q)", p=p, q=p)
+
+    def _frames(self, squares: Tensor) -> Tensor:
+        """Put squares back, the inverse of `_squares`."""
+        p = self.config.white
+        return rearrange(squares, "b t h w (c p q) -> b c t (h p) (w q)", p=p, q=p)
+
     @torch.no_grad()
     def set_statistics(self, video: Tensor):
-        """Measure each channel's mean and deviation on clips (B, 3, F, H, W), for `encode`."""
-        mean = self.raw_posterior(video)[0].float().transpose(0, 1).flatten(1)  # (C, B T h w)
-        self.mean.copy_(mean.mean(1).view_as(self.mean))
-        self.std.copy_(mean.std(1).view_as(self.std))
+        """Measure mean and covariance of squares of latents, on clips (B, 3, F, H, W).
+
+        `root` is the covariance's symmetric root: whitened by it, latents stay nearest to what they
+        were. Why squares: what makes a shape has a hundredth of the variance that the colour of a
+        square has, and a loss on latents of unit variance alone hardly sees it (our choice;
+        benchmarks/RECORDS.md).
+        """
+        squares = self._squares(self.raw_posterior(video)[0].float()).flatten(0, 3)
+        self.mean.copy_(squares.mean(0))
+        variances, directions = torch.linalg.eigh(squares.T.cov().cpu().double())
+        # Directions of almost no variance are bfloat16's rounding: not to be blown up.
+        deviations = variances.clamp(min=1e-4 * variances.mean()).sqrt()
+        self.root.copy_(directions * deviations @ directions.T)
 
     @torch.no_grad()
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log-variance of normalised latents, (B, C, T, h, w) float32."""
-        return normalise_posterior(self.raw_posterior(video), self.mean, self.std)
+        """Return mean and log-variance of whitened latents, each (B, C, T, h, w) float32."""
+        mean, log_variance = (self._squares(x.float()) for x in self.raw_posterior(video))
+        with torch.autocast(video.device.type, enabled=False):  # which would round the latents
+            inverse = torch.linalg.inv(self.root)
+            variance = log_variance.exp() @ inverse.square()  # of each latent by itself
+            mean = (mean - self.mean) @ inverse
+        return self._frames(mean), self._frames(variance.log())
 
     def encode(self, video: Tensor) -> Tensor:
-        """Return normalised latents: (B, 3, F, H, W) in [-1, 1] -> (B, C, T, h, w) float32."""
+        """Return whitened latents: (B, 3, F, H, W) in [-1, 1] -> (B, C, T, h, w) float32."""
         return self.posterior(video)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return video in [-1, 1]: (B, C, T, h, w) -> (B, 3, F, H, W) float32."""
-        return self.reconstruct(latents * self.std + self.mean).float().clamp(-1, 1)
+        with torch.autocast(latents.device.type, enabled=False):
+            raw = self._squares(latents.float()) @ self.root + self.mean
+        return self.reconstruct(self._frames(raw)).float().clamp(-1, 1)
 
     def decode_pieces(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the same video, one chunk after the other."""

@@ -244,7 +244,7 @@ FIELDS = {  # field -> what it cannot be
     "semantic.text_dim": ["7"],
     "dtype": ["float8", "", "int64"],
 }
-SIZES = ("height", "width", "frames", "heads", "dim", "patch", "accumulate")
+SIZES = ("height", "width", "frames", "heads", "dim", "patch", "white", "accumulate")
 SETTINGS = [(field, value) for field, values in FIELDS.items() for value in values]
 
 

@@ -63,7 +63,8 @@ class TinyVAE(nn.Module):
         self.decoder = tower(config.channels, pixels)
         square = config.channels * config.white**2  # numbers of a square of latents
         self.register_buffer("mean", torch.zeros(square))
-        self.register_buffer("root", torch.eye(square))
+        # Not torch.eye: on the meta device that imports the compiler, which takes a second.
+        self.register_buffer("root", torch.zeros(square, square).fill_diagonal_(1))
 
     def raw_posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance (B, C, T, h, w) of the raw latents, before normalisation."""

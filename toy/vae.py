@@ -116,9 +116,9 @@ class TinyVAE(nn.Module):
         """Measure mean and covariance of squares of latents, on clips (B, 3, F, H, W).
 
         `root` is the covariance's symmetric root: whitened by it, latents stay nearest to what they
-        were. Why squares: what makes a shape has a hundredth of the variance that the colour of a
-        square has, and a loss on latents of unit variance alone hardly sees it (our choice;
-        benchmarks/RECORDS.md).
+        were. Why squares: of their directions the least has a 240th to a 520th of the variance of
+        the greatest in `tiny`, and a loss on latents of unit variance alone hardly sees what is
+        small, shapes above all (our choice; benchmarks/RECORDS.md).
         """
         squares = self._squares(self.raw_posterior(video)[0].float()).flatten(0, 3)
         self.mean.copy_(squares.mean(0))

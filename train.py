@@ -143,12 +143,12 @@ def one_step(run: Run, progress: Progress, batch: list[dict], team: Team) -> dic
     logs["grad_norm"] = [norm.detach().float().flatten()]
     values = team.mean({name: torch.cat(x) for name, x in logs.items()})  # waits for the device
     good = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-    factor = lr_factor(progress.step, config)
     for optimizer in progress.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = group["peak_lr"] * lr_factor(progress.step, config)
         if good:
-            optimizer.step()
+            with computing(run.device, run.config.dtype):  # Muon multiplies matrices, too
+                optimizer.step()
         optimizer.zero_grad()
     if not good:
         return skipped(progress, batch, values)

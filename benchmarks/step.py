@@ -226,7 +226,13 @@ def works_of(
     works[name, "training"] = partial(train, task, inputs, device, dtype, fused)
     if name.startswith("ours"):
         own = build_optimizers(nn.ModuleDict({"dit": task.network}), tiny().stages.latent)
-        works[name, "own optimizer"] = lambda: [optimizer.step() for optimizer in own]
+
+        def step():
+            with computing(device, dtype):
+                for optimizer in own:
+                    optimizer.step()
+
+        works[name, "own optimizer"] = step
     adamw = torch.optim.AdamW(task.parameters(), 1e-4, fused=True)
     works[name, "AdamW"] = lambda: (adamw.step(), adamw.zero_grad())
     return works

@@ -74,7 +74,8 @@ def measure(dit, shapes: dict, stage: StageConfig, device: torch.device, steps: 
         with computing(device, "float32"):
             loss.backward()
         for optimizer in optimizers:
-            optimizer.step()
+            with computing(device, DTYPE):
+                optimizer.step()
             optimizer.zero_grad()
         update_ema(ema, modules, 0.99)
         loss.item()  # waits for the device

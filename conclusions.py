@@ -7,6 +7,7 @@ Results are those that experiments.py keeps: for each arm and seed every score o
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +49,22 @@ def read_results(out: Path, experiment: Experiment) -> Results:
 # --- the rule -----------------------------------------------------------------------------------
 
 
+@lru_cache
+def resamples(*sizes: int) -> list[np.ndarray]:
+    """Return (RESAMPLES, n) for each size n: how often each of n is drawn, over all draws."""
+    rng = np.random.default_rng(0)
+    return [
+        rng.multinomial(max(1, n - 1), np.full(n, 1 / n), RESAMPLES) / max(1, n - 1) for n in sizes
+    ]
+
+
 def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
     """Return the mean of values (seeds, prompts) and its 95 % interval.
 
     Seeds and prompts are drawn anew with replacement, apart: the same prompts serve all seeds. Of n
     one less is drawn, so that the spread of so few seeds is not taken too small.
     """
-    rng = np.random.default_rng(0)
-    draws = [
-        rng.multinomial(max(1, n - 1), np.full(n, 1 / n), RESAMPLES) / max(1, n - 1)
-        for n in values.shape
-    ]
+    draws = resamples(*values.shape)
     means = (draws[0] @ values * draws[1]).sum(1)  # (RESAMPLES,)
     return float(values.mean()), *(float(x) for x in np.percentile(means, [2.5, 97.5]))
 

@@ -197,7 +197,7 @@ def windows(device: torch.device, toy: bool) -> Found:
     config, (frame, plan) = paper().latent, (4, 4) if toy else (390, 120)
     rates = config.rate, config.context_rate
     window = float(fitting_window(rates, 5.0))
-    for tokens in (512, 1024) if toy else [2**k for k in range(13, 20)]:
+    for tokens in (256, 512) if toy else [2**k for k in range(13, 20)]:
         seconds = round(tokens / (rates[0] * frame + rates[1] * plan) * rates[1]) / rates[1]
         streams = [
             Stream(round(seconds * rate), each, rate)

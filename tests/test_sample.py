@@ -703,7 +703,7 @@ def test_an_mp4_is_written_as_it_is_decoded(tmp_path):
         for _ in range(40):
             (temporary,) = tmp_path.iterdir()
             sizes.append(temporary.stat().st_size)
-            yield random_video(16, 128, 128)
+            yield random_video(6, 64, 64)
 
     write_video(tmp_path / "x.mp4", pieces(), 8.0)
     assert sizes[0] == 0 and sizes[20] > 0 and sizes[39] > sizes[20]

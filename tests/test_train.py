@@ -378,7 +378,8 @@ def test_statistics_normalise_latents_and_plans(trained):
     clips = source_for(trained, "latent")
     latents = clips.latents(range(8))[0].transpose(0, 1).flatten(1)  # (C, N)
     assert latents.mean(1).abs().max() < 1e-3
-    assert (latents.std(1) - 1).abs().max() < 0.02  # directions of almost no variance stay below 1
+    deviations = latents.std(1)  # less than 1 where a direction of almost no variance takes part
+    assert deviations.max() < 1 + 1e-3 and deviations.min() > 0.98
     compressor, features = trained.compressor, clips.features(range(8))
     generator = torch.Generator().manual_seed(0)
     plans = []

@@ -513,7 +513,7 @@ def test_an_interrupted_stage_ends_as_one_that_never_stopped(
     ]
 
 
-@pytest.mark.parametrize("mode, shard", [("lora", True), ("attention", False), ("all", True)])
+@pytest.mark.parametrize("mode, shard", [("lora", True), ("attention", False)])
 def test_two_processes_train_as_one_does(pretrained, tmp_path, mode, shard):
     one, two = (tuned(pretrained, tmp_path / x, mode) for x in ("one", "two"))
     one = train_as(1, one.path, "latent")

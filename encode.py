@@ -101,11 +101,13 @@ def encode_folder(
     header, stored = header_of(run, folder, dtype), getattr(torch, dtype)
     todo = start_cache(out, header, folder, rank, processes)
     run.let_go()
-    texts = []
+    texts, words = [], run.config.text.words
     for _, caption in tqdm(todo, "encoding captions", leave=False, disable=not todo):
         tokens = run.text.encode([caption])[0]
         tokens = tokens[: int(tokens.any(1).sum())]  # without padding, whose rows are zero
         texts.append(tokens.to("cpu", stored, copy=True))
+    if cut := sum(run.text.count(caption) > words for _, caption in todo):
+        print(f"{cut} of {len(todo)} captions are longer than the {words} words that are read")
     if rank == 0 and (todo or not (out / NULL_TEXT).exists()):
         null = run.text.null().to("cpu", stored, copy=True)
         update_file(out / NULL_TEXT, save({"tokens": null}))  # it may be of other weights

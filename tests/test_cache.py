@@ -88,6 +88,15 @@ def made(folder: Path, out: Path, run: Run, dtype: str = "float32") -> Cache:
 # --- what is in it ------------------------------------------------------------------------------
 
 
+def test_captions_that_are_cut_are_told(tmp_path, run, folder, capsys):
+    short = other_run(tmp_path / "short", run, "text.words=3")
+    found = made(folder, tmp_path / "cache", short)
+    assert "2 of 8 captions are longer than the 3 words that are read" in capsys.readouterr().out
+    assert found.text(range(1)).shape[1] == 3
+    made(folder, tmp_path / "whole", run)
+    assert "captions" not in capsys.readouterr().out
+
+
 def test_a_cache_holds_what_the_parts_make_of_each_clip(tmp_path, run, folder):
     found, clips = made(folder, tmp_path, run), Folder(folder, run.config.data)
     assert len(found) == len(clips) == 24

@@ -88,10 +88,11 @@ def data_note(dataset) -> dict[str, str]:
     return {"name": str(dataset.path.resolve()), "listing": dataset.listing}
 
 
-def check_origin(run, stage: str, data: dict[str, str], state: dict | None):
+def check_origin(run, stage: str, data: dict[str, str], seed: int, state: dict | None):
     """Raise UserError if a stage that was begun cannot go on as the command says.
 
-    It cannot with other weights than it was begun on, with other data, or without its state.
+    It cannot with other weights than it was begun on, with other data, with another seed, or
+    without its state.
     """
     check_chain(run, stage)
     check_chain(run, stage, (state or {}).get("made_of", {}))
@@ -101,6 +102,11 @@ def check_origin(run, stage: str, data: dict[str, str], state: dict | None):
                 f"{run.path}: {stage} learned from {old['name']}, not from {data['name']}: give "
                 "the same --data, another --out, or --fresh to start over"
             )
+    if (before := run.note(stage).get("seed", seed)) != seed:
+        raise UserError(
+            f"{run.path}: {stage} was trained with --seed {before}: give the same, another --out, "
+            "or --fresh to start over"
+        )
     steps = getattr(run.config.stages, stage).steps
     if state is None and run.has(stage) and run.steps_of(stage) < steps:
         raise UserError(

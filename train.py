@@ -61,7 +61,7 @@ def train_stage(run: Run, stage: str, dataset, clips: Callable, seed: int, team:
     """
     config: StageConfig = getattr(run.config.stages, stage)
     data, state = data_note(dataset), run.load_state(stage)
-    check_origin(run, stage, data, state)
+    check_origin(run, stage, data, seed, state)
     if run.finished(stage) and run.steps_of(stage) >= config.steps:
         team.say(f"{stage}: already trained for {run.steps_of(stage)} steps")
         return
@@ -226,7 +226,7 @@ def write_ema(run: Run, progress: Progress, source, team: Team):
             tensors = measured(run.config, stage, tensors, video.to(run.device))
         if stage == "latent":
             tensors = measured(run.config, stage, tensors, some_features(run, source, 2**16))
-        note = {"steps": progress.step, "of": progress.of, "data": progress.data}
+        note = {x: getattr(progress, x) for x in ("of", "seed", "data")} | {"steps": progress.step}
         run.save(stage, tensors, {**note, "seconds": round(progress.seconds)})
     team.wait()
     run.let_go()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from optim import Muon
+from plumbing.device import computing
 
 SHAPES = {"square": (16, 16), "wide": (16, 48), "tall, no multiple": (24, 16)}
 
@@ -15,7 +16,7 @@ def trained(make, parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         for p in parameters:
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator).to(p)
         optimizer.step()
     return parameters
 
@@ -44,6 +45,18 @@ def test_stacked_matrices_are_taken_apart(count):
     start = torch.cat(some(*[(16, 16)] * count))
     torch.testing.assert_close(start, some((count * 16, 16))[0])
     assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
+
+
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_it_multiplies_in_the_precision_of_the_run(dtype, near):
+    """Beside the same in float64; bfloat16 rounds, and would be slow where a CPU lacks it."""
+    start = [p.detach().double() for p in some(*SHAPES.values())]
+    exact = trained(Muon, [nn.Parameter(p.clone()) for p in start])
+    with computing(torch.device("cpu"), dtype):
+        found = trained(Muon, some(*SHAPES.values()))
+    for a, b, before in zip(found, exact, start, strict=True):
+        error = (a - b).norm() / (b - before).norm()
+        assert near / 100 < error < near, error  # the ranges are apart
 
 
 def test_what_has_no_gradient_stays():

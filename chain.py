@@ -96,17 +96,18 @@ def check_origin(run, stage: str, data: dict[str, str], seed: int, state: dict |
     """
     check_chain(run, stage)
     check_chain(run, stage, (state or {}).get("made_of", {}))
-    for old in (run.note(stage).get("data"), (state or {}).get("data")):
+    for begun in (run.note(stage), state or {}):
+        old = begun.get("data")
         if old and old["name"] != data["name"] and old["listing"] != (data["listing"] or None):
             raise UserError(
                 f"{run.path}: {stage} learned from {old['name']}, not from {data['name']}: give "
                 "the same --data, another --out, or --fresh to start over"
             )
-    if (before := run.note(stage).get("seed", seed)) != seed:
-        raise UserError(
-            f"{run.path}: {stage} was trained with --seed {before}: give the same, another --out, "
-            "or --fresh to start over"
-        )
+        if begun.get("seed", seed) != seed:
+            raise UserError(
+                f"{run.path}: {stage} was trained with --seed {begun['seed']}: give the same, "
+                "another --out, or --fresh to start over"
+            )
     steps = getattr(run.config.stages, stage).steps
     if state is None and run.has(stage) and run.steps_of(stage) < steps:
         raise UserError(

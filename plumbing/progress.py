@@ -58,11 +58,12 @@ class Progress:
     def load(self, path: Path, state: dict):
         """Go on from a state that was read from path; UserError if it does not fit."""
         try:
-            seed = state["seed"]
             self.step, self.bad = int(state["step"]), int(state["bad"])
             self.seconds, self.pending = float(state["seconds"]), list(state["pending"])
             if not 0 <= self.bad <= self.step or not 0 <= self.seconds < math.inf:
                 raise ValueError(f"step {self.step}, {self.bad} skipped, {self.seconds} s")
+            if not isinstance(state["seed"], int):
+                raise ValueError("its seed is no number")
             if not all(isinstance(x, float) for logs in self.pending for x in logs.values()):
                 raise ValueError("its logs are no numbers")
             if odd := sorted(state["modules"].keys() ^ self.ema.keys()):
@@ -78,5 +79,3 @@ class Progress:
             raise UserError(
                 f"{path} does not fit this run ({last_line(error)}): --fresh starts over"
             ) from None
-        if seed != self.seed:
-            raise UserError(f"{path.parent} was begun with --seed {seed}: give it, or --fresh")

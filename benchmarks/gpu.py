@@ -195,6 +195,7 @@ def one_size(run: Run, name: str, best: float) -> Found:
 def windows(device: torch.device, toy: bool) -> Found:
     """3D attention of one layer at 240 x 416 pixels: 390 tokens a frame, 120 of the plan."""
     config, (frame, plan) = paper().latent, (4, 4) if toy else (390, 120)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # toys: where it is slow
     rates = config.rate, config.context_rate
     window = float(fitting_window(rates, 5.0))
     for tokens in (256, 512) if toy else [2**k for k in range(13, 20)]:
@@ -205,7 +206,7 @@ def windows(device: torch.device, toy: bool) -> Found:
         ]
         total = sum(stream.frames * stream.tokens for stream in streams)
         shape = 3, 1, config.heads, total, config.width // config.heads
-        qkv = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
         works = {}
         for kind in (window, None) if tokens < 2**18 else (window,):
             groups = swin.windows(streams, kind, True, device)

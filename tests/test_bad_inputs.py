@@ -527,14 +527,19 @@ def test_a_full_disk(desk, capsys, untrained, monkeypatch, name, arguments, func
     refused(capsys, MAINS[name], *arguments, words=[Path(where).stem, "No space left"])
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_room():
-    """A file may not grow, as on a disk that is really full: libraries meet it in their own way."""
+    """A file may not grow, as on a disk that is really full: libraries meet it in their own way.
+
+    Around the command alone: pytest writes files, too.
+    """
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(
@@ -545,12 +550,13 @@ def no_room():
         ("run", ["export", "run", "new"], "vae.safetensors"),
     ],
 )
-def test_no_room_for_a_file(desk, capsys, no_room, name, arguments, file):
-    refused(capsys, MAINS[name], *arguments, words=[file, "File too large"])
+def test_no_room_for_a_file(desk, capsys, name, arguments, file):
+    with no_room():
+        refused(capsys, MAINS[name], *arguments, words=[file, "File too large"])
 
 
-def test_no_room_for_a_line_of_metrics(desk, no_room):
-    with pytest.raises(OSError) as error:
+def test_no_room_for_a_line_of_metrics(desk):
+    with no_room(), pytest.raises(OSError) as error:
         Metrics(desk, "vae", 0).write(1, [], {}, {})
     assert error.value.filename == str(desk / "metrics.jsonl")
 

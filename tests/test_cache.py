@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_parallel import CONTEXT
 from test_run import MICRO, call, one_line, random_run
 
 import data
@@ -234,11 +235,9 @@ def encode_until_killed(folder: Path, out: Path, run_path: Path, delay: float | 
 def test_killed_at_twenty_moments_and_started_again(tmp_path, run):
     """The cache is that of an undisturbed run, byte for byte, and no video is encoded twice."""
     folder, out = write_folder(tmp_path / "videos", 100), tmp_path / "killed"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["encode"])
 
     def start(where: Path, delay: float | None) -> int:
-        process = context.Process(
+        process = CONTEXT.Process(
             target=encode_until_killed, args=(folder, where, run.path, delay), daemon=True
         )
         process.start()
@@ -285,10 +284,8 @@ def test_a_folder_of_other_videos_does_not_replace_what_is_there(tmp_path, run, 
 def test_three_processes_at_once(tmp_path, run, folder):
     """Each with its share, as torchrun starts them."""
     made(folder, tmp_path / "one", run)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["encode"])
     processes = [
-        context.Process(target=encode_share, args=(folder, tmp_path / "many", run.path, rank, 3))
+        CONTEXT.Process(target=encode_share, args=(folder, tmp_path / "many", run.path, rank, 3))
         for rank in range(3)
     ]
     for process in processes:

@@ -29,7 +29,7 @@ from run import Run
 from stages import NEEDS, learner, set_up
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train"])
+CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "diffusers.models.transformers", "peft"])
 BATCH = [f"stages.{stage}.batch=4" for stage in ("vae", "encoder", "latent", "semantic", "base")]
 
 

@@ -38,6 +38,7 @@ def member(environment, path, stage, shard, stop):
     os.environ.update(environment)
     torch.set_num_threads(1)
     train.LOG_EVERY, train.preview = 1, lambda *_: None
+    train.work = lambda *_: dict.fromkeys(("clips_s", "tokens_s", "mfu"), 1.0)  # takes a second
     Metrics.plot = lambda _: None
     if stop and environment.get("RANK", "0") == "0":
         one_step = train.one_step

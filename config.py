@@ -54,7 +54,7 @@ def tiny() -> Config:
             vae=StageConfig(steps=600, batch=8, ema=0.99),
             encoder=StageConfig(steps=430, batch=64),
             latent=StageConfig(steps=2300, batch=16, clips=4096, shift=6.0, text_dropout=0.25),
-            semantic=StageConfig(steps=500, batch=32, clips=4096),
+            semantic=StageConfig(steps=700, batch=32, clips=4096),
             base=StageConfig(steps=4500, batch=16, clips=4096, shift=6.0),
         ),
         sample=SampleConfig(),

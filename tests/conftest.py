@@ -1,5 +1,9 @@
 """The same tests on every machine: no random seed, no clock, and the CPU even beside a GPU."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # networks here are so small that more only wait for each other
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -14,9 +18,4 @@ settings.load_profile("semanticgen")
 def on_the_cpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("run.default_device", lambda: torch.device("cpu"))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(
-            1
-        )  # the networks here are so small that more only wait for each other
         yield
-        torch.set_num_threads(threads)

@@ -25,10 +25,9 @@ CPU = torch.device("cpu")
 
 
 def called(script: str, *words: object) -> str:
-    """Run a benchmark in a process of its own, on one thread; return what it prints."""
+    """Run a benchmark in a process of its own; return what it prints."""
     command = [sys.executable, f"benchmarks/{script}.py", *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert not ended.returncode, ended.stderr[-2000:]
     return ended.stdout

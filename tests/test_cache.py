@@ -217,13 +217,11 @@ def test_any_number_of_processes_makes_the_same_cache(tmp_path, run, folder, pro
 
 def encode_share(folder: Path, out: Path, run_path: Path, rank: int, processes: int):
     """In a process of its own."""
-    torch.set_num_threads(1)
     encode.encode_folder(Run.open(run_path), folder, out, "float32", rank, processes)
 
 
 def encode_until_killed(folder: Path, out: Path, run_path: Path, delay: float | None):
     """In a process of its own: precompute, and be killed after `delay` seconds."""
-    torch.set_num_threads(1)
     run = Run.open(run_path)
     if delay is not None:
         kill = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))

@@ -36,7 +36,6 @@ BATCH = [f"stages.{stage}.batch=4" for stage in ("vae", "encoder", "latent", "se
 def member(environment, path, stage, shard, stop):
     """Train a stage in a process of a team; stop: the step at which rank 0 gets a SIGTERM."""
     os.environ.update(environment)
-    torch.set_num_threads(1)
     train.LOG_EVERY, train.preview = 1, lambda *_: None
     train.work = lambda *_: dict.fromkeys(("clips_s", "tokens_s", "mfu"), 1.0)  # takes a second
     Metrics.plot = lambda _: None

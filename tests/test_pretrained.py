@@ -67,15 +67,6 @@ from vae import WanVAE, WanVAEConfig, describe_vae
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On such small tensors threads only wait for each other, long on a machine that is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_video(B: int, frames: int, height: int, width: int, seed: int = 0) -> Tensor:
     """Return video (B, 3, F, H, W) uint8: noise, so that no two places look alike."""
     generator = torch.Generator().manual_seed(seed)

@@ -802,7 +802,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, capsys):
     process = subprocess.Popen(
         [sys.executable, "train.py", *map(str, arguments), "--steps", "3000"],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -1184,7 +1184,7 @@ def test_a_second_process_is_told_who_trains_there(tmp_path, capsys):
     process = subprocess.Popen(
         [sys.executable, "train.py", *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -195,7 +195,7 @@ def one_size(run: Run, name: str, best: float) -> Found:
 def windows(device: torch.device, toy: bool) -> Found:
     """3D attention of one layer at 240 x 416 pixels: 390 tokens a frame, 120 of the plan."""
     config, (frame, plan) = paper().latent, (4, 4) if toy else (390, 120)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # toys: where it is slow
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # for toys
     rates = config.rate, config.context_rate
     window = float(fitting_window(rates, 5.0))
     for tokens in (256, 512) if toy else [2**k for k in range(13, 20)]:

@@ -389,6 +389,5 @@ LONG = Experiment(
 )
 
 EXPERIMENTS = (  # in the order of `all`
-    *(PLANS, BASE, DIMS, NOISE, KL, SPACE, ENCODERS, REFERENCE, COST, LIGHTNING, LONG),
-    *([START] if hasattr(Config, "start") else []),  # as soon as stages can start from a base
+    *(PLANS, BASE, DIMS, NOISE, KL, SPACE, ENCODERS, REFERENCE, COST, LIGHTNING, LONG, START),
 )

@@ -22,7 +22,7 @@ RULE = (
     "that its rule names, not supported where it lies on the other, else undecided. An experiment "
     "is supported if all its claims are, not supported if one is not, and undecided where the "
     f"whole method itself gets less than {ABLE:g} % right. Intervals are bootstraps over prompts "
-    "and seeds; one seed decides nothing."
+    "and seeds; one seed decides nothing, except where the cost of one machine is timed."
 )
 RESAMPLES = 10_000  # of the bootstrap
 TITLE = "The paper's claims in miniature"

@@ -121,7 +121,7 @@ def configured(arm: Arm, name: str, settings: Sequence[str]) -> Config:
 
 def needs(config: Config, stage: str) -> tuple[str, ...]:
     """Return what a stage is trained on, or starts from."""
-    started = stage in ("latent", "semantic") and getattr(config, "start", "") == "base"
+    started = stage in ("latent", "semantic") and config.start == "base"
     return (*NEEDS[stage], *(("base",) if started else ()))
 
 

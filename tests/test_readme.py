@@ -193,6 +193,9 @@ def test_the_drawing_has_the_shapes_of_tiny():
     wanted = {"×".join(map(str, made[name])) for name in names}
     wanted.add(f"{tiny().text.words}×{tiny().text.dim}")
     assert set(re.findall(r'class="shape"[^>]*>([^<]+)<', DRAWING)) == wanted
+    painter, planner = tiny().stages.latent, tiny().stages.semantic
+    dropped = [painter.text_dropout, painter.context_dropout, planner.text_dropout]
+    assert re.findall(r"(\d+) %", DRAWING) == [f"{100 * share:g}" for share in dropped]
 
 
 def test_the_table_of_sizes_is_what_its_command_prints(monkeypatch, capsys):

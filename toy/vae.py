@@ -22,7 +22,7 @@ class TinyVAEConfig:
     channels: int = 8  # C: fewer are easier to paint (chosen by what the painter then reaches)
     width: int = 96
     blocks: int = 2  # residual blocks on each side
-    time_patch: int = 4  # pixels frames per latent frame
+    time_patch: int = 4  # frames of pixels per latent frame
     space_patch: int = 4  # pixels per latent position, each way
     kl_weight: float = 1e-3  # per latent element, against the mean of L1 + L2 per pixel
     span: int | None = None  # latent frames coded together, longer videos in chunks; None = all

@@ -10,7 +10,7 @@ In long clips (`events` above 1) each object does one thing after another, all f
 
     "a red circle moves left then up then stays still then right"
 
-With `flashes` half of the clips have one frame that is nearly white, which no caption tells.
+With `flashes` half of the clips have one frame mixed with 60 % white, which no caption tells.
 
 Two objects always differ in colour; their order is left to right where they lie side by side, top
 to bottom where one lies above the other. A tenth of the combinations of colour, shape and motion is

@@ -17,14 +17,13 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from flags import add_run_flags, frames_of, open_run, options_of
-from plumbing.files import UserError, check_target, command, write_file
+from plumbing.files import UserError, check_target, command, to_path, write_file
 from run import Run
 from sample import generate, paint, reference_plans, through_vae
 from settings import SampleConfig
@@ -48,10 +47,7 @@ class Evaluation:
         data, self.run, self.long = run.config.data, run, long
         self.frames = frames or data.frames
         events = max(1, round(data.events * self.frames / data.frames))
-        try:
-            self.world = World(replace(data, frames=self.frames, events=events), split)
-        except ValueError as error:  # it learned from real videos, of another aspect
-            raise UserError(f"{run.path}: {error}") from None
+        self.world = World(replace(data, frames=self.frames, events=events), split)
         self.indices = choose(self.world, prompts)
         self.scenes = [self.world.scene(i) for i in self.indices]
         self.seeds = [(seed * 1_000_003 + i) % 2**63 for i in self.indices]
@@ -67,7 +63,8 @@ class Evaluation:
         """Return every score of videos, one for each prompt."""
         size, encoder = self.run.config.data.semantic_size[1:], self.run.encoder
         encode = lambda pairs: encoder.encode(pairs.to(self.run.device))  # noqa: E731
-        consistency = partial(subject_consistency, encode=encode, size=size)
+        again = getattr(encoder.config, "frames", 2)
+        consistency = partial(subject_consistency, encode=encode, size=size, again=again)
         return score(videos, self.scenes, self.world.config.events, consistency, self.long)
 
     def sampled(self, rows: slice, options: SampleConfig, base=False) -> Tensor:
@@ -110,7 +107,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", action="store_true", help="the base model instead")
     parser.add_argument("--sweep", action="store_true", help="guidance 1, 1.5, 2, 3, 4 as well")
     parser.add_argument("--dtypes", action="store_true", help="float32 and bfloat16, and the PSNR")
-    parser.add_argument("--json", type=Path, help="write the scores there as well")
+    parser.add_argument("--json", type=to_path, help="write the scores there as well")
     args = parser.parse_args()
     args.prompts = args.prompts if args.prompts is not None else 128 if args.long else 512
     args.plans = list(PLANS) if args.plans == [] else args.plans or []
@@ -144,13 +141,15 @@ def ways_of(test: Evaluation, args: argparse.Namespace, name: str) -> dict[str, 
 
 def main():
     args = arguments()
-    run = open_run(args, ("vae", "encoder", *(("base",) if args.base else RECIPE[2:])))
+    used = ("base",) if args.base else RECIPE[2:]
+    run = open_run(args, ("vae", "encoder", *used))
     _ = run.vae, run.encoder, run.base if args.base else (run.painter, run.planner)  # or say so now
     kind = (args.prompts, args.seed, args.long, frames_of(run, args.seconds))
     test, held_out = (Evaluation(run, split, *kind) for split in ("test", "held_out"))
-    train = set(World(run.config.data, "train").captions(range(run.config.stages.latent.clips)))
+    clips = max(getattr(run.config.stages, stage).clips for stage in used)
+    train = set(World(run.config.data, "train").captions(range(clips)))
     new = sum(caption not in train for caption in test.captions)
-    if (data := run.note("base" if args.base else "latent").get("data", {})).get("listing"):
+    if (data := run.note(used[0]).get("data", {})).get("listing"):
         print(f"it learned from {data['name']}, the prompts are of the synthetic world")
     print(f"{len(test.captions)} prompts, {new} of them not among the training captions")
     name = "base: text -> video" if args.base else "text -> plan -> video"

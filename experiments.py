@@ -35,15 +35,15 @@ from evaluate import PLANS, Evaluation
 from plumbing.cache import Memory, hash_of
 from plumbing.device import count_flops, default_device, faster_dtype
 from plumbing.fields import differences, flat_fields
-from plumbing.files import UserError, check_target, command, read_json, write_file
+from plumbing.files import UserError, check_target, command, read_json, to_path, write_file
 from plumbing.folder import locked, versions
 from plumbing.page import animation
 from plumbing.seeds import Rows
 from run import FREE, Run
 from sample import through_vae
-from semantic import Compressor, gaussian_kl
+from semantic import Compressor
 from settings import Config, from_fields, override
-from stages import NEEDS, RECIPE, USES, learner, some_captions
+from stages import RECIPE, USES, learner, needs_of, some_captions
 from toy.scores import drifts, flash_scores, likeness, of_each
 from toy.world import World
 from train import train
@@ -96,7 +96,7 @@ def stage_flops(config: Config, stage: str) -> int:
     with torch.device("meta"):
         compressor = Compressor(config.encoder.dim, config.compressor)
         twin = learner(config, stage, captions, compressor)
-    return count_flops(twin, twin.draw(source, Rows(range(chosen.batch), stage))) * chosen.steps
+    return count_flops(twin, twin.draw(source, Rows(range(chosen.batch), stage, 0))) * chosen.steps
 
 
 def recipe_flops(config: Config) -> int:
@@ -119,19 +119,13 @@ def configured(arm: Arm, name: str, settings: Sequence[str]) -> Config:
     return override(config, fewer)
 
 
-def needs(config: Config, stage: str) -> tuple[str, ...]:
-    """Return what a stage is trained on, or starts from."""
-    started = stage in ("latent", "semantic") and config.start == "base"
-    return (*NEEDS[stage], *(("base",) if started else ()))
-
-
 def stages_of(config: Config, arm: Arm) -> list[str]:
     """Return the stages that an arm's ways of making videos need, in the order of training."""
     own = {"text": "semantic", "base": "base", "vae": "vae", "real": "vae"}
     found: list[str] = []
 
     def add(stage: str):
-        for need in needs(config, stage):
+        for need in needs_of(config, stage):
             add(need)
         found.extend([stage] if stage not in found else [])
 
@@ -149,7 +143,7 @@ def stage_key(config: Config, stage: str, seed: int) -> str:
         and (name.endswith(".steps") or not name.endswith(FREE))
         and not (stage in ("vae", "base") and name.startswith("data.semantic"))
     }
-    below = [stage_key(config, need, seed) for need in needs(config, stage)]
+    below = [stage_key(config, need, seed) for need in needs_of(config, stage)]
     return hash_of([stage, seed, fields, below])
 
 
@@ -221,7 +215,7 @@ def plan_facts(test: Evaluation) -> dict[str, float]:
         return {}
     with torch.no_grad():
         features = run.encoder.encode(to_float(test.low_rate).to(run.device))
-        kl = gaussian_kl(*run.compressor.posterior(features)).transpose(0, 1).flatten(1).mean(1)
+        _, kl = run.compressor(features, torch.zeros((), device=run.device))
     return {"channels in use": int((kl > 0.1).sum()), "KL": round(float(kl.sum()), 2)}
 
 
@@ -366,9 +360,9 @@ def arguments() -> tuple[str, Options]:
     parser.add_argument("--preset", choices=PRESETS, help="instead of each experiment's own")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="where results go")
+    parser.add_argument("--out", type=to_path, default=Path("results"), help="where results go")
     runs = Path("runs/experiments")
-    parser.add_argument("--runs", type=Path, default=runs, help="where runs and stages go")
+    parser.add_argument("--runs", type=to_path, default=runs, help="where runs and stages go")
     args = vars(parser.parse_args())
     what, options = args.pop("what"), Options(**args)
     alone = len(what) == 1 and what[0] in ("list", "all", "report")

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,14 +10,14 @@ from torch import Tensor
 from chain import point_to
 from config import clip_frames
 from parts import add_part_flags, parts_from_flags
-from plumbing.files import UserError, one_line
+from plumbing.files import UserError, one_line, to_path
 from run import ASSETS, Run
 from settings import SampleConfig, check_number
 
 
 def add_run_flags(parser: argparse.ArgumentParser):
     """Add the flags that say which run is used, and how it samples."""
-    parser.add_argument("--run", type=Path, default=ASSETS, help="run folder with the weights")
+    parser.add_argument("--run", type=to_path, default=ASSETS, help="run folder with the weights")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
     parser.add_argument("--steps", type=int, help="Euler steps of each stage")
     parser.add_argument("--seconds", type=float, help="length; the trained one if not given")

@@ -15,7 +15,7 @@ from data import DataConfig, Folder
 from encode import encode_folder
 from parts import add_part_flags, check_weights_named, parts_from_flags, placed
 from plumbing.cache import Cache
-from plumbing.files import UserError, check_target, command
+from plumbing.files import UserError, check_target, command, to_path
 from plumbing.sheet import contact_sheet
 from run import Run
 from settings import override
@@ -61,16 +61,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("preview", help="draw a sheet of clips with captions")
-    one.add_argument("--data", type=Path, help="folder of videos; without: the synthetic world")
-    one.add_argument("--out", type=Path, default=Path("preview.png"))
+    one.add_argument("--data", type=to_path, help="folder of videos; without: the synthetic world")
+    one.add_argument("--out", type=to_path, default=Path("preview.png"))
     one.add_argument("--count", type=int, default=8, help="clips")
     one.add_argument("--size", type=int, default=32, help="height and width of a clip, pixels")
     one.set_defaults(run_command=preview)
     two = commands.add_parser("precompute", help="encode a folder of videos into a feature cache")
-    two.add_argument("folder", type=Path, help="folder of videos with captions")
-    two.add_argument("--out", type=Path, required=True, help="folder of the cache")
+    two.add_argument("folder", type=to_path, help="folder of videos with captions")
+    two.add_argument("--out", type=to_path, required=True, help="folder of the cache")
     # Not --run, which torchrun would take for one of its own.
-    two.add_argument("--parts", type=Path, help="a run, whose parts and sizes are taken")
+    two.add_argument("--parts", type=to_path, help="a run, whose parts and sizes are taken")
     two.add_argument("--preset", default="paper", help="where no run is named")
     two.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="stored")
     two.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")

@@ -27,11 +27,11 @@ from chain import again, check_chain, check_weights
 from parts import FLAGS, RELEASED, load_released, networks
 from plumbing.device import default_device, faster_dtype
 from plumbing.fields import differences, field_types, flat_fields
-from plumbing.files import UserError, check_target, command, last_line, read_json, sweep, write_file
-from plumbing.folder import read_note, read_state, read_weights, versions, write_weights
+from plumbing.files import UserError, check_target, command, read_json, sweep, to_path, write_file
+from plumbing.folder import misfit, read_note, read_state, read_weights, versions, write_weights
 from semantic import Compressor, SemanticEncoder
 from settings import Config, Network, check_values, from_fields
-from stages import NEEDS, ORDER, RECIPE
+from stages import ORDER, RECIPE, needs_of
 from text import TextEncoder
 from toy.encoder import LatentEncoder, LatentEncoderConfig, TinyEncoder
 from toy.text import HashText
@@ -157,9 +157,7 @@ class Run:
 
     def needs(self, stage: str) -> list[str]:
         """Return the stages to train before a stage."""
-        needs = [need for need in NEEDS[stage] if not self.released(need)]
-        from_base = self.config.start == "base" and stage in ("latent", "semantic")
-        return [*needs, "base"] if from_base else needs
+        return [need for need in needs_of(self.config, stage) if not self.released(need)]
 
     def has(self, stage: str) -> bool:
         """Return whether a stage's weights are there; UserError if something else is."""
@@ -256,7 +254,7 @@ class Run:
             tensors = read_weights(file, module, HELD[stage])
             part.load_state_dict(frozen | tensors, assign=device == "meta")
         except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
-            reason = last_line(error)
+            reason = misfit(error)
             raise UserError(f"{file} does not fit this run's configuration: {reason}") from None
         part.frozen = frozen.keys()  # what the file does not hold
         return part.to(self.device).eval().requires_grad_(False)
@@ -302,8 +300,8 @@ def export(source: Path, target: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["export"])
-    parser.add_argument("source", type=Path, help="a run folder")
-    parser.add_argument("target", type=Path, help="where its weights go")
+    parser.add_argument("source", type=to_path, help="a run folder")
+    parser.add_argument("target", type=to_path, help="where its weights go")
     args = parser.parse_args()
     export(args.source, args.target)
 

@@ -24,7 +24,7 @@ from data import reference_clip, to_float, to_uint8
 from flags import add_run_flags, encode_prompts, frames_of, open_run, options_of
 from flow import euler, guidance_weights
 from parts import computes
-from plumbing.files import UserError, check_target, command, require
+from plumbing.files import UserError, check_target, command, require, to_path
 from plumbing.seeds import draw_noise, text_seed
 from plumbing.sheet import contact_sheet, picked, shown_frames
 from plumbing.video import write_video
@@ -128,7 +128,7 @@ def through_vae(run: Run, video: Tensor) -> Tensor:
 @computed_by("compressor")
 def reference_plans(run: Run, semantic_video: Tensor) -> Tensor:
     """Return the z_sem of real videos (Fig. 4): (B, 3, F, H, W) uint8 at the low rate."""
-    with computes(run, "encoder"):  # as it encodes for training
+    with computes(run, "encoder"):  # as it encodes the world for training
         features = run.encoder.encode(to_float(semantic_video).to(run.device))
     return run.compressor.encode(features)
 
@@ -188,7 +188,7 @@ def arguments() -> argparse.Namespace:
     """Read the command line; UserError for what cannot be, before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", nargs="*", metavar="prompt")
-    parser.add_argument("--reference", type=Path, help="a video whose plan is used, not stage 1's")
+    parser.add_argument("--reference", type=to_path, help="a video, whose plan is used")
     parser.add_argument("--base", action="store_true", help="the base model, which has no plan")
     how = "one; or two: planner, painter; or three: planner, painter's text, painter's plan"
     parser.add_argument("--negative", help="a text to lead away from, in place of the null text")
@@ -200,8 +200,9 @@ def arguments() -> argparse.Namespace:
         raise UserError(f"--out {args.out}: the name must end in {', '.join(SUFFIXES)}")
     for name in written(args.out, max(1, len(args.prompts))):
         check_target(name)
-        if args.reference and name.exists() and name.resolve() == args.reference.resolve():
-            raise UserError(f"--out {args.out}: the reference {args.reference} would be lost")
+        place = name.resolve()  # a reference may be a folder of images
+        if args.reference and args.reference.resolve() in (place, place.parent):
+            raise UserError(f"--out {args.out}: the reference {args.reference} would be changed")
     if args.reference and (args.base or args.seconds is not None):
         raise UserError("--reference: its plan has its own length, and the base knows no plans")
     if any(not prompt.strip() for prompt in args.prompts):

@@ -49,6 +49,14 @@ ORDER = tuple(NEEDS)
 RECIPE = ORDER[:4]  # all but the control
 
 
+def needs_of(config: Config, stage: str) -> tuple[str, ...]:
+    """Return the stages whose weights a stage is trained on, or starts from, in order."""
+    needs = NEEDS[stage]
+    if config.start == "base" and stage in ("latent", "semantic"):
+        return (*needs[:2], "base", *needs[2:])  # before the painter, which starts from it too
+    return needs
+
+
 # --- what the DiTs' stages have in common -------------------------------------------------------
 
 

@@ -33,7 +33,8 @@ from optim import ema_decay, lr_factor, update_ema
 from parts import add_part_flags, check_weights_named, parts_from_flags, placed
 from plumbing.cache import Cache, Memory
 from plumbing.device import computing, moved, prepared_ahead, spare_processes
-from plumbing.files import UserError, check_target, command, require
+from plumbing.fields import differences, flat_fields
+from plumbing.files import UserError, check_target, command, require, to_path
 from plumbing.folder import locked
 from plumbing.metrics import Reporter
 from plumbing.processes import Interrupt, Team, whole
@@ -48,26 +49,32 @@ from toy.world import World
 LOG_EVERY = 20  # steps per line of metrics.jsonl
 SAVE_EVERY = 200  # steps per training state
 MEASURE_EVERY = 50  # steps between measurements of z_sem's deviation: its noise is relative to it
-PATIENCE = 5  # steps in a row that may be skipped for a loss or gradient that is not finite
 
 
 # --- the loop ------------------------------------------------------------------------------------
 
 
-def train_stage(run: Run, stage: str, dataset, clips: Callable, seed: int, team: Team, board=None):
+def train_stage(
+    run: Run, stage: str, dataset, clips: Callable, seed: int, team: Team, board=None, anew=()
+):
     """Train one stage to the end of its steps, from its saved state if there is one.
 
     dataset: clips as pixels; clips(): the same clips encoded, which is done when first asked for.
+    anew: if this stage is one of them, all of them start over, once nothing can be refused.
     """
     config: StageConfig = getattr(run.config.stages, stage)
-    data, state = data_note(dataset), run.load_state(stage)
-    check_origin(run, stage, data, seed, state)
-    if run.finished(stage) and run.steps_of(stage) >= config.steps:
-        team.say(f"{stage}: already trained for {run.steps_of(stage)} steps")
-        return
+    data, state = data_note(dataset), None
+    if stage not in anew:
+        state = run.load_state(stage)
+        check_origin(run, stage, data, seed, state)
+        if run.finished(stage) and run.steps_of(stage) >= config.steps:
+            team.say(f"{stage}: already trained for {run.steps_of(stage)} steps")
+            return
     source = source_of(stage, config, dataset, clips)
     run.let_go()
     progress = begin(run, stage, source, data, seed, state, team)
+    for old in anew if stage in anew and team.first else ():
+        run.forget(old)
     rows = team.rows(config.batch, config.accumulate)
     team.say(
         f"{progress}, steps {progress.step} to {max(progress.step, config.steps)} of "
@@ -151,25 +158,10 @@ def one_step(run: Run, progress: Progress, batch: list[dict], team: Team) -> dic
                 optimizer.step()
         optimizer.zero_grad()
     if not good:
-        return skipped(progress, batch, values)
+        return progress.skip(batch, values)
     progress.bad = 0
     update_ema(progress.ema, progress.modules, ema_decay(progress.step, config))
     return values
-
-
-def skipped(progress: Progress, batch: list[dict[str, Tensor]], values: dict) -> dict[str, float]:
-    """Count a step that was skipped; UserError, saying where, after PATIENCE of them in a row."""
-    progress.bad += 1
-    if progress.bad < PATIENCE:
-        return {"skipped": 1.0}
-    indices = progress.rows(range(8), progress.step).indices(progress.clips)
-    times = [t for inputs in batch for t in inputs.get("t", torch.empty(0)).tolist()]
-    at = f"; t from {min(times):.3f} to {max(times):.3f}" if times else ""
-    raise UserError(
-        f"{progress.stage}: loss {values['loss']} and gradient {values['grad_norm']} in "
-        f"{progress.bad} steps in a row, the last at step {progress.step + 1}{at}; clips "
-        f"{indices} ...; lower lr or muon_lr, the last saved state is intact"
-    )
 
 
 def measure_plans(run: Run, progress: Progress, source):
@@ -243,10 +235,11 @@ def preview(run: Run, stage: str, source, team: Team):
 # --- the command ---------------------------------------------------------------------------------
 
 
-def train(
-    run: Run, stages: Sequence[str], dataset, seed: int, team: Team | None = None, board=None
-):
-    """Train the stages named, and before each what it needs and the run does not have yet."""
+def train(run: Run, stages: Sequence[str], dataset, seed: int, team=None, board=None, fresh=False):
+    """Train the stages named, and before each what it needs and the run does not have yet.
+
+    fresh: they start over, and what was trained on them is removed.
+    """
     team = team or Team()
 
     @kept
@@ -259,17 +252,18 @@ def train(
             return clips_in_memory(run, dataset)
         if isinstance(dataset, Folder):
             return clips_on_disk(run, dataset.path, run.path / "cache", team)
-        check_cache(dataset, run)
         return dataset
 
-    check_order(run, stages, team.say)
+    anew = tuple(stages) if fresh else ()
+    check_order(run, () if fresh else stages, team.say)
     for stage in stages:
         both = ("vae", "encoder") if stage in USES and isinstance(dataset, Folder) else ()
         needs = dict.fromkeys((*(x for x in both if not run.released(x)), *run.needs(stage)))
         if missing := [need for need in needs if not run.finished(need)]:
             team.say("{0} needs {1} first: training {1}".format(stage, " and ".join(missing)))
         for each in (*missing, stage):
-            train_stage(run, each, dataset, clips, seed, team, board)
+            train_stage(run, each, dataset, clips, seed, team, board, anew)
+            anew = () if each in anew else anew  # all of them were forgotten
 
 
 def arguments() -> argparse.Namespace:
@@ -281,8 +275,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--preset", help=f"{', '.join(PRESETS)}; else the run's own, or paper")
     parser.add_argument("--tiny", action="store_const", const="tiny", dest="preset")
     parser.add_argument("--tiny-long", action="store_const", const="tiny_long", dest="preset")
-    parser.add_argument("--data", type=Path, help="folder of videos, or a cache; else the world")
-    parser.add_argument("--out", type=Path, help="run folder; runs/PRESET if not given")
+    parser.add_argument("--data", type=to_path, help="folder of videos, or a cache; else the world")
+    parser.add_argument("--out", type=to_path, help="run folder; runs/PRESET if not given")
     parser.add_argument("--steps", type=int, help="of each stage named; else the preset's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
@@ -310,7 +304,8 @@ def arguments() -> argparse.Namespace:
 def configured(args: argparse.Namespace, cache: Cache | None) -> Config:
     """Return the configuration that the command line asks for.
 
-    Released parts are those of the flags, else the cache's, else those the run has already.
+    Released parts are those of the flags, else the cache's, else those the run has already. Of a
+    cache sizes and rates of the clips are taken, too.
     """
     parts = {}
     if (args.out / "config.json").exists():
@@ -356,29 +351,27 @@ def open_data(args: argparse.Namespace, run: Run, cache: Cache | None, stages: S
             raise UserError(f"{args.data} has no pixels: train {pixels[0]} on the folder of videos")
         check_cache(cache, run)
         return cache
-    try:
-        data = run.config.data
-        return Folder(args.data, data) if args.data else World(data, "train")
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return Folder(args.data, run.config.data) if args.data else World(run.config.data, "train")
 
 
 def main():
     args, board = arguments(), None
     cache = Cache(args.data) if args.data and (args.data / "cache.json").exists() else None
     run, team = Run(args.out, configured(args, cache)), Team(args.shard)
+    if cache and args.preset:
+        usual, found = preset(args.preset).data, run.config.data
+        if told := differences(flat_fields(usual), flat_fields(found)):
+            team.say(f"{args.data} was not made as preset {args.preset}: {', '.join(told)}")
     stages = named_stages(args, run, team)
     dataset = open_data(args, run, cache, stages)
     if isinstance(dataset, Folder) and team.first:
         dataset.check()
     if args.tensorboard:
         require("tensorboard", "tensorboard")
-    # Whatever can be refused was refused above: up to here nothing was written or removed.
+    # Most of what can be refused was refused above: up to here nothing was written.
     with locked(args.out) if team.first else nullcontext():
         if team.first:
             Run.create(args.out, run.config)
-            for stage in stages if args.fresh else ():
-                run.forget(stage)
         team.wait()
         run = Run.open(args.out)
         run.device = team.device(run.device)
@@ -386,7 +379,7 @@ def main():
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(str(args.out / "tensorboard"))
-        train(run, stages, dataset, args.seed, team, board)
+        train(run, stages, dataset, args.seed, team, board, args.fresh)
     if "semantic" in stages:
         team.say(f"done; now: python sample.py --run {args.out}")
     team.leave()

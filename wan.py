@@ -49,6 +49,10 @@ class WanConfig:
     ffn: int = 8960  # hidden width
     waves: int = 256  # sines and cosines of t
 
+    def __post_init__(self):
+        if self.head_width % 2:
+            raise ValueError(f"head_width {self.head_width}: RoPE turns pairs, it must be even")
+
     @property
     def width(self) -> int:
         """D."""

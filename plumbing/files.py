@@ -1,5 +1,6 @@
 """Errors in one line, files written whole or not at all, optional libraries."""
 
+import argparse
 import contextlib
 import ctypes
 import importlib
@@ -30,11 +31,6 @@ def one_line(message: str, longest: int = 2000) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its class where it has none."""
     return lines_of(error)[0]
-
-
-def last_line(error: Exception) -> str:
-    """Return the last line of an error's message, where torch says what it is about."""
-    return lines_of(error)[-1].strip()
 
 
 def lines_of(error: Exception) -> list[str]:
@@ -70,12 +66,18 @@ def command(main: Callable[[], None]):
         where = "" if error.filename is None else f"{error.filename}: "
         refuse(f"{where}{error.strerror}" if error.strerror else str(error))
     except (MemoryError, RuntimeError) as error:
-        said = first_line(error)  # torch has no class of its own for the memory of a CPU
-        if not isinstance(error, MemoryError) and not re.search("allocate memory|of memory", said):
+        if not out_of_memory(error):
             raise
+        said = first_line(error)
         refuse(f"out of memory: make the clips, the batch or the model smaller ({said})")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Return whether memory is what was missing: torch has no class for that of a CPU."""
+    missing = re.search("allocate memory|of memory", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(missing))
 
 
 def refuse(message: str):
@@ -129,6 +131,13 @@ def update_file(path: Path, data: bytes):
     """Write a file, unless it holds this already."""
     if not path.exists() or path.read_bytes() != data:
         write_file(path, data)
+
+
+def to_path(path: str) -> Path:
+    """Return a path of the command line. An empty one would be the folder one happens to be in."""
+    if not path:
+        raise argparse.ArgumentTypeError("a path is empty")
+    return Path(path)
 
 
 def check_target(path: Path, folder: bool = False):

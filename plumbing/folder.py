@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from plumbing.files import UserError, write_file
+from plumbing.files import UserError, lines_of, out_of_memory, write_file
 from plumbing.weights import digest
 
 try:
@@ -111,16 +111,25 @@ def read_state(path: Path) -> dict | None:
     """Return a training state, or None if there is none; UserError if it is something else."""
     if not path.exists():
         return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of many classes; what torch says is how to run what is in the file
-        state = None
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of many classes; torch says how to run what is in the file
+            misfit(error)
+            state = None
     if not isinstance(state, dict) or not state:
         raise UserError(
             f"{path} is not a training state (damaged, or another kind of file): "
             "--fresh starts over"
         )
     return state
+
+
+def misfit(error: Exception) -> str:
+    """Return in a line why what was read does not fit; raise the error where memory was missing."""
+    if out_of_memory(error):
+        raise error
+    return lines_of(error)[-1].strip()  # where torch says what it is about
 
 
 # --- one process at a time ----------------------------------------------------------------------

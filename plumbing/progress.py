@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from plumbing.files import UserError, last_line
-from plumbing.folder import write_state
+from plumbing.files import UserError
+from plumbing.folder import misfit, write_state
 from plumbing.processes import Team, get_state, local, set_state, shared_like, whole
 from plumbing.seeds import Rows
 
 # What torch and our own checks raise where a state is not one of this stage.
 WRONG = (LookupError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
+PATIENCE = 5  # steps in a row that may be skipped for a loss or gradient that is not finite
 KEPT = ("step", "bad", "seconds", "seed", "of", "pending", "data", "made_of")
 
 
@@ -43,6 +44,23 @@ class Progress:
     def rows(self, rows: range, step: int) -> Rows:
         """Return the random numbers of some rows of a step's batch."""
         return Rows(rows, self.seed, self.stage, step)
+
+    def skip(self, batch: list[dict[str, Tensor]], values: dict) -> dict[str, float]:
+        """Count a step that is skipped; UserError, saying where, after PATIENCE of them in a row.
+
+        batch: the inputs of its micro-batches; values: its loss and the norm of its gradient.
+        """
+        self.bad += 1
+        if self.bad < PATIENCE:
+            return {"skipped": 1.0}
+        indices = self.rows(range(8), self.step).indices(self.clips)
+        times = [t for inputs in batch for t in inputs.get("t", torch.empty(0)).tolist()]
+        at = f"; t from {min(times):.3f} to {max(times):.3f}" if times else ""
+        raise UserError(
+            f"{self.stage}: loss {values['loss']} and gradient {values['grad_norm']} in "
+            f"{self.bad} steps in a row, the last at step {self.step + 1}{at}; clips "
+            f"{indices} ...; lower lr or muon_lr, the last saved state is intact"
+        )
 
     def whole_ema(self) -> dict[str, Tensor]:
         """Return the EMA weights on the CPU; every process must ask."""
@@ -77,5 +95,5 @@ class Progress:
                 local(x).copy_(local(shared_like(state["ema"][name], x)))
         except WRONG as error:
             raise UserError(
-                f"{path} does not fit this run ({last_line(error)}): --fresh starts over"
+                f"{path} does not fit this run ({misfit(error)}): --fresh starts over"
             ) from None

@@ -752,6 +752,7 @@ def test_a_folder_is_encoded_first_and_a_cache_of_it_trains_the_same(
     for stage in ("latent", "semantic"):
         command = ["--stage", stage, "--data", tmp_path / "cache", *common, other]
         assert call(train.main, *command) == 0
+        assert "cache was not made as preset tiny: frames 16 -> 8" in capsys.readouterr().out
     found, expected = trained(other), trained(one)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_run import MICRO, call
+from test_run import MICRO, call, one_line
 
 import conclusions
 import experiments
@@ -172,6 +172,18 @@ def test_bases_of_equal_compute_have_equal_compute():
     config = configured(Arm("", compute=0.5), "tiny", [])
     ours = sum(stage_flops(tiny(), stage) for stage in ("encoder", "latent", "semantic"))
     assert stage_flops(config, "base") == pytest.approx(ours / 2, rel=1e-3)
+
+
+def test_a_world_of_two_aspects_is_one_line(tmp_path, capsys):
+    command = ["plan", "--set", "data.semantic_width=64", "dtype=float32", "--out", tmp_path / "a"]
+    assert call(experiments.main, *command, "--runs", tmp_path / "runs") == 2
+    one_line(capsys, "drawn in one aspect", "32 x 32 and 32 x 64 differ")
+
+
+def test_the_compute_of_a_stage_whose_texts_come_slowly():
+    """What is dropped depends on the step, of which FLOPs know nothing."""
+    slow = override(tiny(), ["stages.latent.text_dropout_start=0.9"])
+    assert stage_flops(slow, "latent") == stage_flops(tiny(), "latent")
 
 
 def test_what_the_user_sets_is_what_arms_are_relative_to():

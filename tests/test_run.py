@@ -382,6 +382,21 @@ def test_a_state_never_runs_what_it_carries(run, tmp_path, how):
         assert made.exists()
 
 
+def test_too_little_memory_is_no_damage(run, monkeypatch):
+    """Nobody is told to throw a good file away."""
+
+    def greedy(*_, **__):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    run.state_file("vae").write_bytes(b"good")
+    run.save("vae", {}, {})
+    monkeypatch.setattr(torch, "load", greedy)
+    monkeypatch.setattr(run_module, "read_weights", greedy)
+    for read in (lambda: run.load_state("vae"), lambda: run.vae):
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            read()
+
+
 @pytest.mark.parametrize("keep", [0, 10, 500, -20])
 def test_a_state_cut_off_is_refused(run, keep):
     write_state(run.state_file("vae"), {"step": 7, "modules": {"x": torch.zeros(1000)}})

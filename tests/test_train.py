@@ -39,6 +39,7 @@ from data import Folder
 from encode import clips_in_memory
 from flow import shift_time
 from optim import Muon, build_optimizers, changed_schedule, ema_decay, lr_factor, update_ema
+from plumbing import progress
 from plumbing.device import computing, matmul_speed, prepared_ahead, recomputed, spare_processes
 from plumbing.files import UserError
 from plumbing.folder import write_state
@@ -725,7 +726,7 @@ def test_a_dead_plan_is_said_loudly(trained, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(trained, tmp_path, monkeypatch):
     """From step 3 on; the state of step 2 stays, and the message says where it happened."""
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
-    monkeypatch.setattr(train, "PATIENCE", 3)
+    monkeypatch.setattr(progress, "PATIENCE", 3)
     spoil(monkeypatch, range(3, 99))
     run = copy_of(trained, tmp_path, NEEDS["latent"])
     with pytest.raises(UserError, match="latent: loss inf and gradient") as error:
@@ -1014,6 +1015,28 @@ def test_a_stage_trained_on_older_weights_is_out_of_date(chain, capsys, again):
         assert call(main, *arguments) == 2
         one_line(capsys, f"trained on another {again}", "do not belong together", "--fresh")
     assert not (chain.path / "copy").exists() and not (chain.path / "x.png").exists()
+
+
+@pytest.mark.parametrize("how", ["stages", "videos"])
+def test_fresh_removes_nothing_where_it_is_refused(chain, tmp_path, capsys, how):
+    """Older weights below, or a cache of other videos: known only when the stage begins."""
+    stage, videos = "semantic", []
+    if how == "stages":
+        longer = Run.create(chain.path, micro("stages.vae.steps=8"))
+        train.train(longer, ["vae"], few(chain), seed=0)
+    else:
+        (chain.path / "cache").mkdir()
+        (chain.path / "cache" / "cache.json").write_text("{}")
+        clip = {"save_all": True, "append_images": [Image.new("RGB", (32, 32))] * 15}
+        (tmp_path / "videos").mkdir()
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "videos" / "one.gif", **clip)
+        (tmp_path / "videos" / "one.txt").write_text("one")
+        videos = ["--data", tmp_path / "videos"]
+    kept = {file: file.read_bytes() for s in ORDER for file in chain.path.glob(f"{s}.*")}
+    command = ["--stage", stage, "--tiny", "--fresh", "--out", chain.path, *videos]
+    assert call(train.main, *command, "--set", *MICRO) == 2
+    capsys.readouterr()
+    assert kept == {file: file.read_bytes() for file in kept if file.exists()}
 
 
 def test_the_command_that_a_refusal_names_is_the_right_one(tmp_path, capsys):

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from claims import latents_as_plan
 from config import tiny
 from data import DataConfig, to_float
+from evaluate import Evaluation
 from plumbing.files import UserError
 from plumbing.seeds import Rows
 from run import Run
@@ -121,6 +122,8 @@ def test_features_of_latents_are_the_latents_of_their_place(tmp_path):
             for x in range(ws):
                 place = latents[:, :, s * t : s * t + t, y * h : y * h + h, x * w : x * w + w]
                 assert found[:, :, s, y, x].equal(place.flatten(1))
+    test = Evaluation(run, "test", 2, seed=0)  # which shows each frame as often as is read
+    assert 0 < test.scores(clips.video)["subject"] <= 100
 
 
 HIDING = TinyEncoderConfig(dim=32, blocks=1, heads=2)

@@ -76,15 +76,17 @@ def motion_amount(video: Tensor) -> float:
 
 
 @torch.no_grad()
-def subject_consistency(videos: Tensor, encode: Callable, size: Sequence[int]) -> Tensor:
+def subject_consistency(
+    videos: Tensor, encode: Callable, size: Sequence[int], again: int = 2
+) -> Tensor:
     """Return VBench's subject consistency of videos (B, 3, F, H, W) uint8, (B,) in percent.
 
-    Each frame is shown to the encoder as a pair of itself; size: the (H, W) that it reads.
+    Each frame is shown to the encoder `again` times, as a pair; size: the (H, W) that it reads.
     """
     frames = rearrange(to_float(videos), "b c f h w -> (b f) c h w")
     if frames.shape[2:] != (*size,):
         frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
-    pairs = repeat(frames, "n c h w -> n c two h w", two=2)
+    pairs = repeat(frames, "n c h w -> n c again h w", again=again)
     features = torch.cat([encode(x).cpu() for x in pairs.split(256)])
     features = F.normalize(reduce(features, "n d s h w -> n d", "mean"), dim=1)
     features = features.unflatten(0, (len(videos), -1))  # (B, F, d)
@@ -174,6 +176,13 @@ def drift(
     return {name: float(values.mean()) for name, values in each.items()}
 
 
+def accuracies(
+    video: Tensor, scene: Sequence[Thing], events: int, long: bool
+) -> dict[str, list[float]]:
+    """Return those of LONG_SCORES, or of SCORES, that compare a video with its prompt."""
+    return long_agreement(video, scene, events) if long else agreement(read(video, events), scene)
+
+
 def of_each(
     videos: Tensor, scenes: Sequence[Sequence[Thing]], events: int, long: bool = False
 ) -> dict[str, list[float]]:
@@ -183,10 +192,7 @@ def of_each(
     """
     found: dict[str, list[float]] = {}
     for video, scene in zip(videos, scenes, strict=True):
-        if long:
-            right = long_agreement(video, scene, events)
-        else:
-            right = agreement(read(video, events), scene)
+        right = accuracies(video, scene, events, long)
         for name in right.keys() - {"one", "two"}:  # which are `exact`, of some
             found.setdefault(name, []).append(100 * sum(right[name]) / len(right[name]))
     return dict(sorted(found.items()))
@@ -241,10 +247,7 @@ def score(
     """
     values: dict[str, list[float]] = {name: [] for name in (LONG_SCORES if long else SCORES)}
     for video, scene in zip(videos, scenes, strict=True):
-        if long:
-            right = long_agreement(video, scene, events)
-        else:
-            right = agreement(read(video, events), scene)
+        right = accuracies(video, scene, events, long)
         for name, found in right.items():
             values[name] += found
     scores = {name: 100 * sum(v) / len(v) for name, v in values.items() if v}

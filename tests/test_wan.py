@@ -652,14 +652,21 @@ def test_planner_and_painter_start_from_the_base(tmp_path):
         assert new  # z_sem's own projections
 
 
-def test_the_chain_knows_the_base(tmp_path):
+@pytest.mark.parametrize(
+    "stages, said_first",
+    [
+        (["latent", "semantic"], "latent needs base first: training base"),
+        (["semantic"], "semantic needs base and latent first: training base and latent"),
+    ],
+)
+def test_the_chain_knows_the_base(tmp_path, stages, said_first):
     """The base is trained first; another one puts painter and planner out of date."""
     run = random_run(tmp_path / "run", "start=base", stages=("vae", "encoder"))
     said = []
     team = train.Team()
     team.say = said.append
-    train.train(run, ["semantic"], few(run), 0, team)
-    assert "semantic needs base and latent first: training base and latent" in said
+    train.train(run, stages, few(run), 0, team)
+    assert said_first in said
     for stage in ("latent", "semantic"):
         assert run.note(stage)["made_of"]["base"] == run.note("base")["digest"]
     changed = {name: x + 1 for name, x in weights(run, "base").items()}

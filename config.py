@@ -214,10 +214,9 @@ def attention_window(config: Config) -> float:
 
 
 def clip_frames(config: Config, seconds: float) -> int:
-    """Return the frames of a video of about that length: whole latents and whole pairs."""
+    """Return the frames of a video of about that length: whole latents and features."""
     data, vae = config.data, config.vae
-    read = getattr(config.encoder, "frames", 2)  # at the low rate, for one feature
-    whole = math.lcm(vae.time_patch, max(1, round(read * data.fps / data.semantic_fps)))
+    whole = math.lcm(vae.time_patch, max(1, round(data.fps / config.latent.context_rate)))
     frames = round(seconds * data.fps / whole) * whole if math.isfinite(seconds) else 0
     if not whole <= frames <= LONGEST * data.fps:
         least = whole / data.fps

@@ -65,7 +65,7 @@ class Evaluation:
     def scores(self, videos: Tensor) -> dict[str, float]:
         """Return every score of videos, one for each prompt."""
         config, encode = self.run.config, lambda x: self.run.encoder.encode(x.to(self.run.device))
-        size, again = config.data.semantic_size[1:], getattr(config.encoder, "frames", 2)
+        size, again = config.data.semantic_size[1:], config.feature_frames
         consistency = partial(subject_consistency, encode=encode, size=size, again=again)
         return score(videos, self.scenes, self.world.config.events, consistency, self.long)
 

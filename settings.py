@@ -133,6 +133,11 @@ class Config:
         """The control's network: the painter's without a plan."""
         return self.latent.without_plan
 
+    @property
+    def feature_frames(self) -> int:
+        """Frames at the low rate for one feature: a pair, unless the encoder says otherwise."""
+        return round(self.data.semantic_fps / self.latent.context_rate)
+
     def latent_grid(self, frames: int | None = None) -> tuple[int, int, int]:
         """Return (T, h, w) of the VAE latents of a video of `frames`, or of the trained length."""
         return self.vae.grid(*self.data.of_length(frames or self.data.frames).size)

@@ -240,7 +240,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens to the text.
+    """Multi-head attention from the tokens to the text; q and k are RMS-normalised here, too.
 
     It has no mask: the rows that pad a short text take part. They are zeros until `DiT.text_in`
     adds its biases; then they are one and the same row, whatever the text. (Wan does so, too.)

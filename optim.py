@@ -33,7 +33,8 @@ def orthogonalised(updates: list[Tensor], steps: int) -> list[Tensor]:
 
     In the precision of the caller's autocast: torch's Muon takes bfloat16 always, whose products
     are a hundred times slower than float32's on a CPU that has no instructions for them.
-    What is stacked is taken apart: n D rows of D columns are n square matrices (q, k and v, say).
+    What is stacked is taken apart: n D rows of D columns are n square matrices (q, k and v, say;
+    by its shape the first matrix of an FFN, too).
     """
     cut = [x.split(x.shape[1] if x.shape[0] % x.shape[1] == 0 else x.shape[0]) for x in updates]
     parts = [part for parts in cut for part in parts]

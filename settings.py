@@ -123,7 +123,7 @@ class Config:
     stages: StageConfigs
     sample: SampleConfig
     start: str = "scratch"  # what painter and planner start from; or base: the run's trained one
-    dtype: str = "auto"  # of the matrix products; auto = the faster one, measured
+    dtype: str = "auto"  # of matrix products and of what flows between them; auto: the faster
 
     def __post_init__(self):
         check_fit(self)
@@ -152,7 +152,7 @@ class Config:
         Where the two are not equally long (a VAE whose first frame is alone) there is but one.
         """
         plan, latents = self.plan_grid()[0], self.latent_grid()[0]
-        alike = plan * self.latent.rate == latents * self.latent.context_rate
+        alike = math.isclose(plan * self.latent.rate, latents * self.latent.context_rate)
         return math.gcd(plan, latents) if alike else 1
 
     def latent_tokens(self, frames: int | None = None) -> int:

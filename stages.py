@@ -101,7 +101,7 @@ def draw_latents(clips, indices, cut: Callable, rows: Rows, posterior: bool) -> 
 
 
 def choose_stretch(config: Config, name: str, rows: Rows) -> tuple[Callable, Tensor]:
-    """Choose the stretch of the clips that a step learns from, 1 / pieces of their length.
+    """Choose the stretch that a step learns from, 1 / pieces of a clip, the same of all its clips.
 
     Returns a function that cuts the stretch out of (B, c, frames, h, w) at either rate, and the
     second at which the stretch starts. There a frame of the plan and one of the latents begin
@@ -220,7 +220,10 @@ class Planner(nn.ModuleDict):
 
 
 class Base(nn.ModuleDict):
-    """The control (Table 2, Base-CT): the painter's network without any plan, from text alone."""
+    """The control, from text alone: the painter's network without any plan.
+
+    Trained on from Wan (`--dit`) it is Table 2's Base-CT.
+    """
 
     def __init__(self, config: Config):
         super().__init__({"dit": build_dit(config.base)})
@@ -263,7 +266,7 @@ def learner(config: Config, stage: str, captions=(), compressor: nn.Module | Non
 
 
 def measured(config: Config, stage: str, weights: dict[str, Tensor], data: Tensor):
-    """Return a stage's weights with the mean and deviation by which later stages normalise.
+    """Return a stage's weights with the statistics by which later stages normalise.
 
     weights: whole tensors by name. Stage `vae`: data is video (B, 3, F, H, W), and the statistics
     are those of its latents. Stage `latent`: data is features (B, d, S, hs, ws), and the statistics

@@ -9,8 +9,8 @@ from nothing in Fig. 9. Here all three starts:
 | `--start base`        | the run's own trained base, the text-to-video model of the miniature    |
 | `--dit WEIGHTS`       | Wan's released transformer (wan.py); the base, too: that is Base-CT     |
 
-What the network does not have that is started from, such as the painter's projection of z_sem or
-the planner's projections in and out, begins as it does from scratch.
+What the network does not have that is started from, such as the painter's projection of z_sem,
+begins as it does from scratch; so do the planner's projections in and out, of another space.
 """
 
 import torch
@@ -26,6 +26,8 @@ from run import Run
 from settings import StageConfig
 from stages import USES, learner, set_up, some_captions, some_features
 from wan import WanDiT
+
+ENDS = ("latents_in.", "latents_out.", "wan.patch_embedding.", "wan.proj_out.")  # in and out
 
 
 def begin(
@@ -63,6 +65,8 @@ def start_network(run: Run, stage: str, dit: nn.Module, source):
         dit.null_text.copy_(source.null_text())
     if "base" in run.needs(stage):
         own, base = dit.state_dict(), run.base.state_dict()
-        alike = {n: x for n, x in base.items() if n in own and own[n].shape == x.shape}
+        new = ENDS if stage == "semantic" else ()  # z_sem's, even where the shapes are the same
+        base = {n: x for n, x in base.items() if n in own and not n.startswith(new)}
+        alike = {n: x for n, x in base.items() if own[n].shape == x.shape}
         dit.load_state_dict(alike, strict=False)
         run.let_go("base")

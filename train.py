@@ -278,7 +278,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny-long", action="store_const", const="tiny_long", dest="preset")
     parser.add_argument("--data", type=to_path, help="folder of videos, or a cache; else the world")
     parser.add_argument("--out", type=to_path, help="run folder; runs/PRESET if not given")
-    parser.add_argument("--steps", type=int, help="of each stage named; else the preset's")
+    steps = "of each stage named, and of the base with --start base; else the preset's"
+    parser.add_argument("--steps", type=int, help=steps)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
     attention = "of painter and base, over time; the preset's if not given (Base-CT-Swin: swin)"

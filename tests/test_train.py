@@ -948,6 +948,12 @@ def test_a_rows_stretch_does_not_depend_on_how_a_batch_is_cut(tmp_path):
     assert rows["start"] == whole["start"]
 
 
+def test_stretches_at_rates_that_are_no_whole_numbers():
+    """4 frames of the plan at 0.8 and 12 of the latents at 2.4 a second: both five seconds."""
+    rates = ["data.fps=9.6", "data.semantic_fps=1.6", "data.frames=48", "stages.base.pieces=2"]
+    assert micro(*rates).stretches() == 4
+
+
 @pytest.mark.parametrize(
     "settings, stretches",
     [

@@ -35,6 +35,7 @@ from toy.world import World
 
 NOT_HOW = ("weights", "chunk", "objects", "flashes", "learns")  # fields: not how clips are encoded
 PARTS = ("data", *FLAGS)  # the components that decide how clips are encoded
+PORTION = 2000  # videos whose captions are encoded, and kept, before them: some 2 GB of umT5's
 
 
 def clips_in_memory(run: Run, world: World) -> Memory:
@@ -99,23 +100,27 @@ def encode_folder(
     UserError if `out` was made with other parts, rates or sizes.
     """
     header, stored = header_of(run, folder, dtype), getattr(torch, dtype)
-    todo = start_cache(out, header, folder, rank, processes)
+    missing = start_cache(out, header, folder, rank, processes)
     run.let_go()
-    texts, words = [], run.config.text.words
-    for _, caption in tqdm(todo, "encoding captions", leave=False, disable=not todo):
-        tokens = run.text.encode([caption])[0]
-        tokens = tokens[: int(tokens.any(1).sum())]  # without padding, whose rows are zero
-        texts.append(tokens.to("cpu", stored, copy=True))
-    if cut := sum(run.text.count(caption) > words for _, caption in todo):
-        print(f"{cut} of {len(todo)} captions are longer than the {words} words that are read")
-    if rank == 0 and (todo or not (out / NULL_TEXT).exists()):
+    if rank == 0 and (missing or not (out / NULL_TEXT).exists()):
         null = run.text.null().to("cpu", stored, copy=True)
         update_file(out / NULL_TEXT, save({"tokens": null}))  # it may be of other weights
-    run.let_go()
-    for (name, caption), text in zip(tqdm(todo, "encoding", disable=not todo), texts, strict=True):
-        clips = clips_of(folder / name, caption, run.config.data)
-        clips = encode_clips(run.vae, run.encoder, clips, run.device, stored)
-        write_entry(out, header, folder, name, caption, clips, text)
+    words = run.config.text.words
+    if cut := sum(run.text.count(caption) > words for _, caption in missing):
+        print(f"{cut} of {len(missing)} captions are longer than the {words} words that are read")
+    for start in range(0, len(missing), PORTION):
+        todo, texts = missing[start : start + PORTION], []
+        run.let_go("vae", "encoder")  # of the portion before
+        for _, caption in tqdm(todo, "encoding captions", leave=False):
+            tokens = run.text.encode([caption])[0]
+            tokens = tokens[: int(tokens.any(1).sum())]  # without padding, whose rows are zero
+            texts.append(tokens.to("cpu", stored, copy=True))
+        run.let_go()
+        bar = tqdm(todo, "encoding", len(missing), initial=start)
+        for (name, caption), text in zip(bar, texts, strict=True):
+            clips = clips_of(folder / name, caption, run.config.data)
+            clips = encode_clips(run.vae, run.encoder, clips, run.device, stored)
+            write_entry(out, header, folder, name, caption, clips, text)
     run.let_go()
     return end_cache(out, header)
 

@@ -247,7 +247,7 @@ class Run:
         """Return a trained part, frozen; UserError if its weights are missing or do not fit."""
         file = self.weights_file(stage)
         self.check_there(stage)
-        with torch.random.fork_rng(), torch.device(device):  # the caller's random numbers stay
+        with torch.random.fork_rng(devices=[]), torch.device(device):  # the caller's stay
             part = kind(*configs)
         frozen = {name: p for name, p in part.named_parameters() if not p.requires_grad}
         try:

@@ -19,6 +19,7 @@ batch, on the CPU; `forward` returns the loss, a mean over the rows, and what to
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -220,10 +221,7 @@ class Planner(nn.ModuleDict):
 
 
 class Base(nn.ModuleDict):
-    """The control, from text alone: the painter's network without any plan.
-
-    Trained on from Wan (`--dit`) it is Table 2's Base-CT.
-    """
+    """The control, from text alone: the painter's network without a plan. With `--dit`: Base-CT."""
 
     def __init__(self, config: Config):
         super().__init__({"dit": build_dit(config.base)})
@@ -274,14 +272,14 @@ def measured(config: Config, stage: str, weights: dict[str, Tensor], data: Tenso
     """
     with torch.device("meta"):  # without initial values: the weights take their place
         if stage == "vae":
-            name, module = "vae", TinyVAE(config.vae)
+            name, part = "vae", TinyVAE(config.vae)
         else:
-            name, module = "compressor", Compressor(config.encoder.dim, config.compressor)
-    prefix = f"{name}."
-    own = {n.removeprefix(prefix): x.clone() for n, x in weights.items() if n.startswith(prefix)}
-    module.load_state_dict(own, assign=True)
-    module.set_statistics(data)
-    return {**weights, **{prefix + n: x.detach() for n, x in module.state_dict().items()}}
+            name, part = "compressor", Compressor(config.encoder.dim, config.compressor)
+    module = nn.ModuleDict({name: part})
+    own = {n: x for n, x in weights.items() if n.partition(".")[0] == name}
+    module.load_state_dict({n: x.to(data.device, copy=True) for n, x in own.items()}, assign=True)
+    part.set_statistics(data)
+    return weights | module.state_dict()
 
 
 def set_up(modules: nn.ModuleDict, config: StageConfig):
@@ -293,11 +291,13 @@ def set_up(modules: nn.ModuleDict, config: StageConfig):
     if "vae" in modules:
         networks = [modules["vae"].encoder, modules["vae"].decoder]
     for network in networks:
-        if config.checkpoint and hasattr(network, "run_block"):
-            network.run_block = torch.compile(recomputed) if config.compile else recomputed
-        elif config.compile:
-            for block in network.blocks:
-                block.compile()
+        recompute = config.checkpoint and hasattr(network, "run_block")
+        if config.compile:
+            for block in network.blocks:  # without the hooks by which FSDP gathers its weights
+                run = partial(recomputed, block.forward) if recompute else block.forward
+                block.forward = torch.compile(run)
+        elif recompute:
+            network.run_block = recomputed
 
 
 def spread(source, most: int) -> list[int]:

@@ -14,6 +14,7 @@ that goes on equals one that never stopped, although its state holds no random n
 """
 
 import argparse
+import gc
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -72,7 +73,9 @@ def train_stage(
             return
     source = source_of(stage, config, dataset, clips)
     run.let_go()
+    gc.collect()  # the learner before this one is in a circle with what saved its state
     progress = begin(run, stage, source, data, seed, state, team)
+    state = None  # it is as large as all that is trained
     for old in anew if team.first else ():
         run.forget(old)
     rows = team.rows(config.batch, config.accumulate)
@@ -126,8 +129,11 @@ def batches(run: Run, progress: Progress, source, rows: Sequence[range]):
     def prepare(step: int) -> list[dict[str, Tensor]]:
         return [progress.modules.draw(source, progress.rows(part, step)) for part in rows]
 
-    most = 2 if progress.stage in USES else 8  # reading encoded clips is little work
-    workers = spare_processes(most) if run.device.type == "cuda" else 0
+    workers = 0
+    if run.device.type == "cuda":
+        size = sum(x.nbytes for inputs in prepare(progress.step) for x in inputs.values())
+        # Reading encoded clips is little work.
+        workers = spare_processes(2 if progress.stage in USES else 8, size)
     yield from prepared_ahead(prepare, range(progress.step, progress.of), workers)
 
 
@@ -209,10 +215,9 @@ def write_ema(run: Run, progress: Progress, source, team: Team):
 
     They are measured here: EMA weights make other latents and plans than the weights in training.
     """
-    stage, ema = progress.stage, progress.whole_ema()
+    stage, ema = progress.stage, progress.whole_ema(team)
     if team.first:
         tensors = {name: x for name, x in ema.items() if name.split(".")[0] in HELD[stage]}
-        tensors = {name: x.to(run.device) for name, x in tensors.items()}
         if stage == "vae":
             video = to_float(source.batch(spread(source, 512)).video)
             tensors = measured(run.config, stage, tensors, video.to(run.device))

@@ -179,7 +179,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def gained(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """Normalise x (B, N, D) over all heads, in its own precision whatever the gain's is."""
-    return nn.functional.rms_norm(x, x.shape[-1:], norm.weight.to(x), norm.eps)
+    with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):  # CUDA's is in float32
+        return nn.functional.rms_norm(x, x.shape[-1:], norm.weight.to(x), norm.eps)
 
 
 def attend_in_wan(attn, x, text=None, mask=None, rotary: tuple | None = None) -> Tensor:

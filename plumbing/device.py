@@ -1,6 +1,7 @@
 """The device: which one, how fast it is, and in which precision it computes."""
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -103,19 +104,25 @@ def recomputed(block: nn.Module, *inputs):
 # --- what the device works on next --------------------------------------------------------------
 
 
-def spare_processes(most: int) -> int:
+def spare_processes(most: int, size: int = 0) -> int:
     """Return how many processes beside this one may prepare batches; 0 where that cannot be.
 
-    They are copies of this one and hand over what they have made in shared memory; where it is
-    small, as a container's is, a line says so.
+    They are copies of this one and hand over what they have made in shared memory, two batches of
+    `size` bytes each at a time; where it is small, as a container's is, a line says so.
     """
     if sys.platform != "linux":
         return 0
-    if shutil.disk_usage("/dev/shm").free < 2**30:
-        print("less than 1 GB free in /dev/shm: the GPU waits for batches (docker: --shm-size=2g)")
-        return 0
     share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine, under torchrun
-    return min(most, max(1, len(os.sched_getaffinity(0)) // share - 1))
+    free, needed = shutil.disk_usage("/dev/shm").free, max(2**30, 2 * share * size)
+    if free < needed:
+        gigabytes = math.ceil(needed / 1e9)
+        print(
+            f"less than {gigabytes} GB free in /dev/shm: the GPU waits for batches "
+            f"(docker: --shm-size={2 * gigabytes}g)"
+        )
+        return 0
+    room = free // (2 * share * size) if size else most
+    return min(most, room, max(1, len(os.sched_getaffinity(0)) // share - 1))
 
 
 def heed_no_signal(worker: int):

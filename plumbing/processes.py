@@ -10,6 +10,7 @@ with N processes and go on with M, sharded or not. Without torchrun one process 
 
 import os
 import signal
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -33,6 +34,7 @@ from plumbing.files import UserError
 # Not what is frozen: it is where it was loaded from.
 LEARNED = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": True}
 WHOLE, SOME = StateDictOptions(**LEARNED), StateDictOptions(**LEARNED, strict=False)
+RELAYED = 10  # seconds within which torchrun passes a signal on that came to all processes
 
 
 class Team:
@@ -92,7 +94,7 @@ class Team:
                         fully_shard(block, mesh=mesh)
             fully_shard(losses, mesh=mesh)
         elif self.size > 1:
-            return DistributedDataParallel(losses)
+            return DistributedDataParallel(losses, gradient_as_bucket_view=True)  # held once
         return losses
 
     def sync(self, wrapped: nn.Module, now: bool):
@@ -167,17 +169,22 @@ def set_state(losses: nn.Module, optimizers: Sequence[torch.optim.Optimizer], st
 
 
 class Interrupt:
-    """While open, Ctrl-C and SIGTERM set `wanted`, so that training saves; a second one stops."""
+    """While open, Ctrl-C and SIGTERM set `wanted`, so that training saves; a second one stops.
+
+    Under torchrun the second one may be the first, which it passes on to its processes.
+    """
 
     def __enter__(self):
-        self.wanted = False
+        self.wanted, self.since = False, 0.0
         self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number, frame):
-        if self.wanted:
+        now = time.monotonic()
+        if not self.wanted:
+            self.wanted, self.since = True, now
+        elif "RANK" not in os.environ or now > self.since + RELAYED:
             raise KeyboardInterrupt  # asked twice
-        self.wanted = True
 
     def __exit__(self, *_):
         for number, handler in self.old.items():

@@ -62,16 +62,18 @@ class Progress:
             f"{indices} ...; lower lr or muon_lr, the last saved state is intact"
         )
 
-    def whole_ema(self) -> dict[str, Tensor]:
-        """Return the EMA weights on the CPU; every process must ask."""
-        return {name: whole(x).cpu() for name, x in self.ema.items()}
+    def whole_ema(self, team: Team) -> dict[str, Tensor]:
+        """Return the EMA weights on the CPU, to the first process; every one must ask."""
+        found = ((name, whole(x)) for name, x in self.ema.items())
+        return {name: x.cpu() for name, x in found if team.first}
 
     def save(self, path: Path, team: Team):
-        """Write a state; the old one stays until the new one is complete."""
+        """Write a state; the old one stays until the new one is complete. All wait for that."""
         state = get_state(self.modules, self.optimizers)
-        state["ema"] = self.whole_ema()
+        state["ema"] = self.whole_ema(team)
         if team.first:
             write_state(path, state | {name: getattr(self, name) for name in KEPT})
+        team.wait()  # torchrun stops all where one has ended
 
     def load(self, path: Path, state: dict):
         """Go on from a state that was read from path; UserError if it does not fit."""

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import safetensors
@@ -246,10 +247,17 @@ def load_text_model(weights: str, folder: str, dtype: torch.dtype, heads: re.Pat
     return model
 
 
+@lru_cache
+def digest_of(path: Path, *version: int) -> bytes:
+    """Return a file's SHA-256; version: what changes with its content. Some files have 20 GB."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
 def digest(files: Collection[Path]) -> str:
     """Return 16 hexadecimal digits that stand for the content of files (SHA-256)."""
     total = hashlib.sha256()
     for path in sorted(set(files)):
-        with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        found = path.stat()
+        total.update(digest_of(path.absolute(), found.st_ino, found.st_size, found.st_mtime_ns))
     return total.hexdigest()[:16]

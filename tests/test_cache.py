@@ -215,6 +215,22 @@ def test_any_number_of_processes_makes_the_same_cache(tmp_path, run, folder, pro
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
 
 
+def test_captions_come_in_portions_before_their_videos(tmp_path, run, folder, monkeypatch):
+    """The tokens of all captions of a large folder would fill the memory."""
+    made(folder, tmp_path / "whole", run)
+    monkeypatch.setattr(encode, "PORTION", 3)
+    held, encoded = [], type(run.text).encode
+
+    def counted(self, texts):
+        held.append(len(list((tmp_path / "parts").rglob("videos/*.safetensors"))))
+        return encoded(self, texts)
+
+    monkeypatch.setattr(type(run.text), "encode", counted)
+    made(folder, tmp_path / "parts", run)
+    assert held == [0, 0, 0, 3, 3, 3, 6, 6]  # files that are there when a caption is encoded
+    assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
+
+
 def encode_share(folder: Path, out: Path, run_path: Path, rank: int, processes: int):
     """In a process of its own."""
     encode.encode_folder(Run.open(run_path), folder, out, "float32", rank, processes)

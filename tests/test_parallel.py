@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import socket
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_run import micro, random_run
 from test_train import few, metrics, source_for, weights
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from plumbing.device import computing
@@ -225,6 +228,22 @@ def test_a_compiled_network_gives_the_same_gradient(begun, dtype, accuracy):
     """In bfloat16 too, where the compiler once failed and float32 went well."""
     found = gradients(begun, "base", 1, dtype, compile=True)
     assert_same_gradients(found, gradients(begun, "base", 1, dtype), accuracy)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_recomputed_blocks_are_compiled_in_shares_too(begun, monkeypatch):
+    """FSDP's hooks are not compiled: inside of what is recomputed they would be the end of it."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=counter))
+    modules = learner(begun.config, "base", (), None).train()
+    config = replace(begun.config.stages.base, compile=True, checkpoint=True)
+    set_up(modules, config)
+    team = Team(shard=True)
+    wrapped = team.wrap(modules, begun.device)
+    inputs = modules.draw(source_for(begun, "base"), Rows(range(2), 0, "base", 0))
+    wrapped(**inputs)[0].backward()
+    team.leave()
+    assert counter.frame_count == 1  # of all blocks
 
 
 def test_accumulation_is_a_field_of_a_stage(begun, tmp_path):

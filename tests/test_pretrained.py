@@ -339,6 +339,8 @@ def test_describe_reads_sizes_and_tells_weights_apart(tmp_path, checkpoint, weig
     other = copied(checkpoint, tmp_path / "other")
     edit_tensors(other / SHARDS[0], lambda x: x["visual.patch_embed.proj.weight"].mul_(2))
     assert describe_encoder(str(other)).digest != config.digest
+    shutil.copytree(other, tmp_path / "same", dirs_exist_ok=True)  # in the place of the first
+    assert describe_encoder(str(tmp_path / "same")).digest != config.digest
 
 
 # What is read of a checkpoint, and what is wrong with one.

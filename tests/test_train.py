@@ -39,7 +39,7 @@ from data import Folder
 from encode import clips_in_memory
 from flow import shift_time
 from optim import Muon, build_optimizers, changed_schedule, ema_decay, lr_factor, update_ema
-from plumbing import progress
+from plumbing import processes, progress
 from plumbing.device import computing, matmul_speed, prepared_ahead, recomputed, spare_processes
 from plumbing.files import UserError
 from plumbing.folder import write_state
@@ -794,6 +794,18 @@ def test_asked_to_stop_twice_it_does_not_save():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_what_torchrun_passes_on_is_the_same_signal(monkeypatch):
+    """It came to all processes, and torchrun tells its own once more."""
+    monkeypatch.setenv("RANK", "1")
+    with train.Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.wanted
+        monkeypatch.setattr(processes, "RELAYED", 0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
 # --- the command line ---------------------------------------------------------------------------
 
 
@@ -1317,6 +1329,11 @@ def test_processes_prepare_batches_only_where_they_can(monkeypatch, capsys):
     assert [spare_processes(most) for most in (2, 8)] == [2, 5]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
     assert spare_processes(8) == 1 and not capsys.readouterr().out
+    assert spare_processes(8, 2**27) == 1 and not capsys.readouterr().out
+    assert spare_processes(8, 2**28) == 0  # two for each process of six
+    assert "less than 4 GB free in /dev/shm" in capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert spare_processes(8, 2**29) == 2 and not capsys.readouterr().out
     room.free = 2**26  # a container's usual share
     assert spare_processes(8) == 0 and "/dev/shm" in capsys.readouterr().out
     monkeypatch.setattr("sys.platform", "win32")

@@ -259,5 +259,6 @@ def digest(files: Collection[Path]) -> str:
     total = hashlib.sha256()
     for path in sorted(set(files)):
         found = path.stat()
-        total.update(digest_of(path.absolute(), found.st_ino, found.st_size, found.st_mtime_ns))
+        version = found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        total.update(digest_of(path.absolute(), *version))
     return total.hexdigest()[:16]

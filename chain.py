@@ -81,6 +81,13 @@ def check_order(run, stages: Sequence[str], say: Callable[[str], None]):
             say(f"{stage} will change: {names} learned from it as it is, and will be out of date")
 
 
+def check_begun(run, stages: Sequence[str], data: dict[str, str], seed: int):
+    """Raise UserError, before anything is written, if stages cannot go on as the command says."""
+    check_order(run, stages, lambda _: None)
+    for stage in stages:
+        check_origin(run, stage, data, seed, run.load_state(stage))
+
+
 def data_note(dataset) -> dict[str, str]:
     """Return what tells one dataset from another: a name, and a digest of its list of videos."""
     if not hasattr(dataset, "listing"):

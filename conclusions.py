@@ -35,6 +35,14 @@ def slug(*names: str) -> str:
     return ".".join(name.replace(",", "").replace(" ", "-") for name in names)
 
 
+def read_result(file: Path) -> dict:
+    """Return a file of results; UserError if it is something else."""
+    found = read_json(file)
+    if not isinstance(found, dict) or not found.keys() >= {"prompts", "config"}:
+        raise UserError(f"{file} is not a result: remove it")
+    return found
+
+
 def read_results(out: Path, experiment: Experiment) -> Results:
     """Return what was run so far."""
     results: Results = {}
@@ -42,7 +50,7 @@ def read_results(out: Path, experiment: Experiment) -> Results:
         start = f"{slug(arm.name)}."
         for file in sorted((out / experiment.name).glob(f"{start}*.json")):
             if (seed := file.stem.removeprefix(start)).isdigit():
-                results.setdefault(arm.name, {})[int(seed)] = read_json(file)
+                results.setdefault(arm.name, {})[int(seed)] = read_result(file)
     return results
 
 

@@ -13,6 +13,7 @@ import torch
 
 from data import DataConfig
 from model import DiTConfig
+from plumbing.fields import add_set_flag
 from plumbing.files import UserError, command
 from semantic import CompressorConfig, PretrainedEncoderConfig
 from settings import Config, SampleConfig, StageConfig, StageConfigs, override
@@ -291,7 +292,7 @@ def main():
     parser = argparse.ArgumentParser(description="Shapes and numbers of tokens of a preset.")
     parser.add_argument("--preset", default="paper", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--seconds", type=float, nargs="+", default=[5.0, 60.0])
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
+    add_set_flag(parser)
     args = parser.parse_args()
     config = override(preset(args.preset), args.settings)
     print_table(

@@ -28,13 +28,13 @@ from pathlib import Path
 import torch
 
 from claims import EXPERIMENTS, STEPS, Arm, Experiment
-from conclusions import conclude, keep, line_of, read_results, report, slug
+from conclusions import conclude, keep, line_of, read_result, read_results, report, slug
 from config import PRESETS, paper, preset, shapes
 from data import to_float
 from evaluate import PLANS, Evaluation
 from plumbing.cache import Memory, hash_of
 from plumbing.device import count_flops, default_device, faster_dtype
-from plumbing.fields import differences, flat_fields
+from plumbing.fields import add_set_flag, differences, flat_fields
 from plumbing.files import UserError, check_target, command, read_json, to_path, write_file
 from plumbing.folder import locked, versions
 from plumbing.page import animation
@@ -291,7 +291,7 @@ class Job:
         """Whether the result is there; UserError if it is of other settings."""
         if not self.file.exists():
             return False
-        found = read_json(self.file)
+        found = read_result(self.file)
         old = {"prompts": found["prompts"], **flat_fields(from_fields(found["config"]))}
         new = {"prompts": self.options.prompts, **flat_fields(self.config)}
         new |= {"dtype": old["dtype"]} if self.chosen else {}
@@ -358,8 +358,9 @@ def arguments() -> tuple[str, Options]:
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...: so many")
     parser.add_argument("--prompts", type=int, default=128, help="half with one object, half two")
     parser.add_argument("--preset", choices=PRESETS, help="instead of each experiment's own")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
-    parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these")
+    add_set_flag(parser)
+    more = {"action": "extend", "nargs": "+", "default": []}
+    parser.add_argument("--arms", metavar="ARM", help="only these", **more)
     parser.add_argument("--out", type=to_path, default=Path("results"), help="where results go")
     runs = Path("runs/experiments")
     parser.add_argument("--runs", type=to_path, default=runs, help="where runs and stages go")
@@ -380,12 +381,14 @@ def arguments() -> tuple[str, Options]:
 
 def run_all(experiments: Sequence[Experiment], options: Options):
     """Run what is missing, all arms of one seed before the next; what others run is waited for."""
-    todo = []
+    jobs = []
     for experiment in experiments:
         for seed, arm in product(range(options.seeds), experiment.arms):
-            if not options.arms or arm.name in options.arms:
-                todo += [Job(experiment, arm, seed, options)]
-    while todo := [job for job in todo if not job.done]:  # refuses what was run otherwise
+            jobs += [Job(experiment, arm, seed, options)]
+    todo = [job for job in jobs if not options.arms or job.arm.name in options.arms]
+    for job in (*todo, *jobs):
+        _ = job.done  # refuses what was run otherwise, also what this would be compared with
+    while todo := [job for job in todo if not job.done]:
         before, busy = len(todo), []
         for job in todo:
             try:

@@ -15,6 +15,7 @@ from data import DataConfig, Folder
 from encode import encode_folder
 from parts import add_part_flags, check_weights_named, parts_from_flags, placed
 from plumbing.cache import Cache
+from plumbing.fields import add_set_flag
 from plumbing.files import UserError, check_target, command, to_path
 from plumbing.sheet import contact_sheet
 from run import Run
@@ -40,6 +41,11 @@ def preview(args: argparse.Namespace):
 def precompute(args: argparse.Namespace):
     """Encode a folder of videos into a cache; under torchrun, each process takes its share."""
     check_target(args.out, folder=True)
+    if args.out.resolve() == args.folder.resolve():
+        raise UserError(f"--out {args.out} is the folder of videos itself: name another")
+    if args.parts and args.preset:
+        raise UserError("--parts --preset: the parts' run has its sizes; give one of the two")
+    args.preset = args.preset or "paper"
     base = Run.open(args.parts).config if args.parts else preset(args.preset)
     config = override(base, args.settings, **placed(base, parts_from_flags(args)))
     check_weights_named(config)
@@ -71,9 +77,9 @@ def main():
     two.add_argument("--out", type=to_path, required=True, help="folder of the cache")
     # Not --run, which torchrun would take for one of its own.
     two.add_argument("--parts", type=to_path, help="a run, whose parts and sizes are taken")
-    two.add_argument("--preset", default="paper", help="where no run is named")
+    two.add_argument("--preset", help="where no run is named; paper if not given")
     two.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="stored")
-    two.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
+    add_set_flag(two)
     add_part_flags(two)
     two.set_defaults(run_command=precompute)
     args = parser.parse_args()

@@ -129,7 +129,7 @@ class Run:
         for name in [stage, *(s for s in ORDER if stage in self.needs(s))]:
             self.weights_file(name).unlink(missing_ok=True)
             self.state_file(name).unlink(missing_ok=True)
-        if stage in ("vae", "encoder"):
+        if stage in ("vae", "encoder") and (self.path / "cache/cache.json").exists():
             shutil.rmtree(self.path / "cache", ignore_errors=True)  # what they have encoded
 
     def save(self, stage: str, tensors: dict[str, Tensor], note: dict):
@@ -277,6 +277,8 @@ def export(source: Path, target: Path):
         raise UserError(f"{source} has no weights to export")
     if Path(target).resolve() == Path(source).resolve():
         raise UserError(f"{target} is the run itself: name another folder")
+    if (Path(target) / "config.json").exists():
+        Run.open(target)  # or it is refused: not ours
     copy = Run(target, run.config)
     if any(copy.state_file(stage).exists() for stage in ORDER):
         raise UserError(f"{target} is a run in training, whose weights would be lost: name another")

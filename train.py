@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from chain import check_order, check_origin, data_note
+from chain import check_begun, check_order, check_origin, data_note
 from config import PRESETS, attention_window, preset
 from data import Folder, to_float
 from encode import cache_parts, check_cache, clips_in_memory, clips_on_disk
@@ -34,7 +34,7 @@ from optim import ema_decay, lr_factor, update_ema
 from parts import add_part_flags, check_weights_named, parts_from_flags, placed
 from plumbing.cache import Cache, Memory
 from plumbing.device import computing, moved, prepared_ahead, spare_processes
-from plumbing.fields import differences, flat_fields
+from plumbing.fields import add_set_flag, differences, flat_fields
 from plumbing.files import UserError, check_target, command, require, to_path
 from plumbing.folder import locked
 from plumbing.metrics import Reporter
@@ -132,8 +132,7 @@ def batches(run: Run, progress: Progress, source, rows: Sequence[range]):
     workers = 0
     if run.device.type == "cuda":
         size = sum(x.nbytes for inputs in prepare(progress.step) for x in inputs.values())
-        # Reading encoded clips is little work.
-        workers = spare_processes(2 if progress.stage in USES else 8, size)
+        workers = spare_processes(2 if progress.stage in USES else 8, size)  # two read enough
     yield from prepared_ahead(prepare, range(progress.step, progress.of), workers)
 
 
@@ -286,7 +285,7 @@ def arguments() -> argparse.Namespace:
     steps = "of each stage named, and of the base with --start base; else the preset's"
     parser.add_argument("--steps", type=int, help=steps)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
+    add_set_flag(parser)
     attention = "of painter and base, over time; the preset's if not given (Base-CT-Swin: swin)"
     start = "of planner and painter: from nothing, or from the run's base, trained first"
     parser.add_argument("--start", choices=STARTS, help=start)
@@ -373,6 +372,7 @@ def main():
     dataset = open_data(args, run, cache, stages)
     if isinstance(dataset, Folder) and team.first:
         dataset.check()
+    check_begun(run, () if args.fresh else stages, data_note(dataset), args.seed)
     if args.tensorboard:
         require("tensorboard", "tensorboard")
     # Most of what can be refused was refused above: up to here nothing was written.

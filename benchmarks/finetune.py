@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import evaluate
 import train
 from config import preset
-from plumbing.fields import flat_fields
+from plumbing.fields import add_set_flag, flat_fields
 from plumbing.files import UserError, command, read_json, write_file
 from plumbing.metrics import read_metrics
 from run import Run, export
@@ -101,7 +101,7 @@ def main():
     parser.add_argument("--steps", type=int, nargs=3, default=[2500, 900, 600], help=how)
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
+    add_set_flag(parser)
     args = parser.parse_args()
     config = override(preset(args.preset), args.settings)
     each = [one_seed(args.out / str(x), config, x, args.steps, args.prompts) for x in args.seeds]

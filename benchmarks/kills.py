@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from config import preset
 from parts import placed
+from plumbing.fields import add_set_flag
 from run import Run
 from settings import Config, override
 from stages import ORDER
@@ -103,7 +104,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--dit", help="the transformer that the preset wan_tiny starts from")
-    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings")
+    add_set_flag(parser)
     args = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])

@@ -29,13 +29,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
-from benchmarks.timing import in_turn, machine, told, write_json
+from benchmarks.timing import in_turn, machine, target, told, write_json
 from config import clip_frames, paper, shapes, tiny, tiny_long
 from data import to_uint8
 from flow import flow_loss
 from model import DiT
 from plumbing.device import default_device
-from plumbing.files import UserError, command, keep_freed_memory, write_file
+from plumbing.files import UserError, check_target, command, keep_freed_memory, write_file
 from plumbing.video import write_video
 from swin import Stream, fitting_window, windows
 from toy.vae import TinyVAE
@@ -241,11 +241,14 @@ def main():
         "--only", nargs="+", choices=MOST, default=list(MOST), metavar="WHAT", help=", ".join(MOST)
     )
     parser.add_argument("--toy", action="store_true", help="short clips, once: does it run?")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("length.png"))
+    parser.add_argument("--out", type=Path, help="the plot; beside this file if not given")
     parser.add_argument("--json", type=Path, help="write the measurements there as well")
     args = parser.parse_args()
     if args.toy:
         args.tokens, args.rounds = [1024, 2048], 1
+    args.out = args.out or target("length.png", args.toy)
+    for path in (args.out, args.json):
+        check_target(path or args.out)
     if min(args.tokens) < 1024 or args.rounds < 1:
         raise UserError("--tokens: at least 1024 each; --rounds: at least 1")
     device = default_device()

@@ -33,7 +33,7 @@ from torch.optim.optimizer import (
 import encode
 import train
 from benchmarks.clock import Clock
-from benchmarks.timing import in_turn, machine, markdown, seconds_of, told, write_json
+from benchmarks.timing import in_turn, machine, markdown, seconds_of, target, told, write_json
 from config import PRESETS, preset
 from encode import clips_in_memory, encode_folder
 from plumbing.device import computing, default_device, moved
@@ -234,8 +234,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=512, help="encoded; as videos, an eighth")
     parser.add_argument("--rounds", type=int, default=7, help="of the commands in turn")
     parser.add_argument("--toy", action="store_true", help="few of everything: does it run?")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="beside this file if not given")
     args = parser.parse_args()
+    args.out = args.out or target("pipeline.json", args.toy)
     if args.toy:
         args.steps, args.clips, args.rounds = 2, 64, 1
     if min(args.steps, args.rounds) < 1 or args.clips < 64:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.timing import in_turn, machine, markdown, matmul_peak, told, write_json
+from benchmarks.timing import in_turn, machine, markdown, matmul_peak, target, told, write_json
 from config import tiny
 from model import DiT
 from optim import build_optimizers
@@ -354,8 +354,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="each network compiled, too")
     parser.add_argument("--rounds", type=int, default=7, help="medians are of so many")
     parser.add_argument("--toy", action="store_true", help="one round of width 32: does it run?")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, help="beside this file if not given")
     args = parser.parse_args()
+    args.out = args.out or target("step.json", args.toy)
     if unknown := set(args.widths) - SHAPES.keys():
         raise UserError(f"--widths {min(unknown)}: choose of {', '.join(map(str, SHAPES))}")
     if args.rounds < 1 or args.out.suffix != ".json":

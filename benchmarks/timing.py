@@ -7,6 +7,7 @@ timed in turn, and FLOP/s only with the peak that the same run has measured.
 import json
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,6 +81,11 @@ def machine(device: torch.device) -> dict[str, object]:
                 name += f", {kind}"
                 break
     return {"machine": name, "threads": torch.get_num_threads(), **versions()}
+
+
+def target(name: str, toy: bool) -> Path:
+    """Return where a benchmark writes if nothing is said: beside it; what is none, elsewhere."""
+    return (Path(tempfile.gettempdir()) if toy else Path(__file__).parent) / name
 
 
 def told(found: dict[str, object]) -> str:

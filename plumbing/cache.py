@@ -193,8 +193,9 @@ def read_header(cache: Path) -> dict:
     """Return what cache.json holds; UserError if it is of another version, or damaged."""
     file = cache / "cache.json"
     header = read_json(file)
-    made = header.get("format") if isinstance(header, dict) else None
-    if made != FORMAT:
+    if not isinstance(header, dict) or "format" not in header:
+        raise UserError(f"{file} is not that of a cache: it has no format")
+    if (made := header["format"]) != FORMAT:
         found = f"format {made!r}, this version reads {FORMAT}, one file a video"
         raise UserError(f"{file}: {found}: remove {cache}, to have it made anew")
     if header.pop("hash", None) != hash_of(header):
@@ -240,7 +241,8 @@ def end_cache(out: Path, header: dict) -> bool:
     listed = {video_file(out, *video) for video in header["videos"]}
     if finished := all(file.exists() for file in listed):
         for file in set(out.glob("videos/*.safetensors")) - listed:
-            file.unlink(missing_ok=True)
+            if re.search("(^|-)[0-9a-f]{16}$", file.stem):  # `video_file`
+                file.unlink(missing_ok=True)
     return finished
 
 

@@ -52,7 +52,8 @@ def all_in(folder: Path) -> Iterator[Path]:
     Links are followed, but no folder is read twice: one may lie in itself.
     """
     read = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    named = lambda error: print(f"skipped {error.filename}: {error.strerror}")  # noqa: E731
+    for place, folders, files in os.walk(folder, onerror=named, followlinks=True):
         if (real := os.path.realpath(place)) in read:
             folders.clear()
             continue

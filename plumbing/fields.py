@@ -3,6 +3,7 @@
 A field that may hold one of several dataclasses says which in one more flat field, `NAME.class`.
 """
 
+import argparse
 import dataclasses
 import difflib
 import typing
@@ -96,6 +97,12 @@ def build_field(kind: type, name: str, values: Mapping, prefix: str = ""):
     if choices := parts(kind)[name][1]:
         return build(part_class(choices, values, inside), values, inside)
     return values[prefix + name]
+
+
+def add_set_flag(parser: argparse.ArgumentParser):
+    """Add --set FIELD=VALUE ..., which may be given more than once."""
+    more = {"action": "extend", "nargs": "+", "default": []}
+    parser.add_argument("--set", metavar="FIELD=VALUE", dest="settings", **more)
 
 
 def find_field(name: str, values: Mapping) -> str:

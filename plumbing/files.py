@@ -104,7 +104,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Until then it has a temporary name in the same folder.
     """
     missing = [folder for folder in path.parents if not folder.exists()]  # the innermost first
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # a name may be long
     try:
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,10 +166,12 @@ def read_json(file: Path) -> object:
 
 def sweep(folder: Path):
     """Remove what writers that were killed have left in a folder; not what one is writing now."""
-    for temporary in folder.glob(".*.tmp"):
+    for temporary in folder.glob(".*.*.tmp"):
+        writer = temporary.name.split(".")[-2]
         try:
-            os.kill(int(temporary.name.split(".")[-2]), 0)  # asks whether that process is there
-        except (ProcessLookupError, ValueError, OverflowError):
+            if writer.isdecimal():  # else it is not one of ours
+                os.kill(int(writer), 0)  # asks whether that process is there
+        except (ProcessLookupError, OverflowError):
             temporary.unlink(missing_ok=True)
         except PermissionError:  # it is, and somebody else's
             pass

@@ -321,6 +321,16 @@ COMMANDS = [  # command, arguments, words of the message
     ("train", [*TRAIN, *MINI, "--data", "text.txt"], ["text.txt", "no such folder"]),
     ("train", [*TRAIN, *MINI, "--data", "empty"], ["empty", "neither captions.jsonl nor any"]),
     ("train", [*TRAIN, *MINI, "--data", "cache"], ["cache has no pixels", "train vae"]),
+    (
+        "prepare",
+        ["precompute", "empty", "--out", "empty"],
+        ["empty is the folder of videos itself: name another"],
+    ),
+    (
+        "prepare",
+        ["precompute", "empty", "--out", "new", "--parts", "run", "--preset", "tiny"],
+        ["--parts --preset", "one of the two"],
+    ),
     ("train", ["--stage", "all", *TRAIN[2:], *MINI, "--data", "cache"], ["no pixels"]),
     ("train", ["--stage", "base", *TRAIN[2:], *MINI, "--data", "cache"], ["is stale"]),
     (

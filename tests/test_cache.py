@@ -231,6 +231,22 @@ def test_captions_come_in_portions_before_their_videos(tmp_path, run, folder, mo
     assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
 
 
+def test_files_of_others_stay(tmp_path, run, folder):
+    """Of what lies in a cache, only what this project wrote goes with its video."""
+    foreign, left = (tmp_path / f"cache/videos/{x}.safetensors" for x in ("lora", f"a-{'0' * 16}"))
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
+    left.touch()
+    made(folder, tmp_path / "cache", run)
+    assert foreign.exists() and not left.exists()
+
+
+def test_settings_of_another_program_are_no_cache(tmp_path):
+    (tmp_path / "cache.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match=r"cache.json is not that of a cache"):
+        Cache(tmp_path)
+
+
 def encode_share(folder: Path, out: Path, run_path: Path, rank: int, processes: int):
     """In a process of its own."""
     encode.encode_folder(Run.open(run_path), folder, out, "float32", rank, processes)

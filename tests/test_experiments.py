@@ -287,6 +287,11 @@ def test_a_second_call_runs_what_is_missing_and_nothing_else(made, tmp_path, mon
     assert re.search("tau-0.0.json is of other settings .prompts 4 -> 2.*remove it", error)
     assert run_stub(*words, "tau 0", "--set", *MICRO, "dtype=bfloat16") == 2
     assert "other settings (dtype float32 -> bfloat16)" in capsys.readouterr().err
+    assert run_stub(*words, "tau 1", "--prompts", "2") == 2  # what it would be compared with
+    assert "is of other settings (prompts 4 -> 2)" in capsys.readouterr().err
+    (tmp_path / "noise" / "tau-0.0.json").write_text("{}")
+    assert run_stub(*words, "tau 0") == 2
+    assert "tau-0.0.json is not a result: remove it" in capsys.readouterr().err
 
 
 def test_what_another_process_runs_is_left_to_it(tmp_path, monkeypatch):

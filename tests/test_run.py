@@ -333,6 +333,15 @@ def test_exporting_nothing_or_onto_itself_is_refused(run, tmp_path):
     assert {x.dtype for x in load_file(run.weights_file("vae")).values()} == {torch.float32}
 
 
+def test_exporting_over_anothers_settings_is_refused(tmp_path):
+    run = random_run(tmp_path / "run")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "thumbnails"}')
+    with pytest.raises(UserError, match="is not a run's configuration"):
+        export(run.path, tmp_path / "model")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["config.json"]
+
+
 def test_what_is_exported_does_not_ask_for_a_base(tmp_path):
     """The control of an older VAE, which is not exported, stops nothing."""
     run = random_run(tmp_path / "run")
@@ -421,11 +430,29 @@ def test_what_killed_writers_left_is_swept_away(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     dead, alive = tmp_path / f".file.{process.pid}.tmp", tmp_path / f".file.{os.getpid()}.tmp"
-    others = [tmp_path / name for name in ("file", "file.1.tmp", ".file")]
+    names = ("file", "file.1.tmp", ".file", ".notes.tmp", ".my.notes.tmp")  # others' files
+    others = [tmp_path / name for name in names]
     for path in (dead, alive, *others):
         path.touch()
     sweep(tmp_path)
     assert not dead.exists() and alive.exists() and all(path.exists() for path in others)
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+    write_file(tmp_path / ("n" * 255), b"x")
+    assert (tmp_path / ("n" * 255)).read_bytes() == b"x"
+
+
+def test_what_starts_over_takes_its_own_cache_alone(run):
+    """A folder of that name may be the user's."""
+    ours, theirs = run.path / "cache" / "cache.json", run.path / "cache" / "notes"
+    theirs.parent.mkdir()
+    theirs.touch()
+    run.forget("vae")
+    assert theirs.exists()
+    ours.touch()
+    run.forget("vae")
+    assert not theirs.exists()
 
 
 @pytest.mark.parametrize("function", ["replace", "fsync"])

@@ -794,6 +794,23 @@ def test_asked_to_stop_twice_it_does_not_save():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_what_is_refused_changes_nothing(trained, tmp_path, capsys):
+    """Of a run whose seed or data would be another, the settings stay, too."""
+    run = copy_of(trained, tmp_path / "run", NEEDS["latent"])
+    before = (run.path / "config.json").read_bytes()
+    words = ["--stage", "vae", "--tiny", "--out", run.path, "--set", *MICRO]
+    again = ["--set", "sample.latent_guidance=7", "--set", "stages.vae.steps=9"]
+    assert call(train.main, *words, *again, "--seed", 5) == 2
+    one_line(capsys, "vae was trained with --seed 0")
+    assert (run.path / "config.json").read_bytes() == before
+
+
+def test_fields_may_be_set_in_several_places(tmp_path, monkeypatch):
+    words = ["--stage", "vae", "--set", "a=1", "b=2", "--set", "c=3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    assert train.arguments().settings == ["a=1", "b=2", "c=3"]
+
+
 def test_what_torchrun_passes_on_is_the_same_signal(monkeypatch):
     """It came to all processes, and torchrun tells its own once more."""
     monkeypatch.setenv("RANK", "1")

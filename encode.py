@@ -75,7 +75,7 @@ def identity(run: Run) -> dict[str, object]:
 
 def header_of(run: Run, folder: Path, dtype: str) -> dict:
     """Return the header of the cache that a run's parts make of a folder (`start_cache`)."""
-    if untrained := [x for x in ("vae", "encoder") if not run.released(x) and not run.has(x)]:
+    if untrained := [x for x in ("vae", "encoder") if not run.released(x) and not run.finished(x)]:
         raise UserError(f"{run.path} has no {untrained[0]} yet: train --stage {untrained[0]} first")
     config = run.config
     return {

@@ -61,7 +61,7 @@ def plot(rows: Sequence[dict], shows: Sequence[str], cost: str) -> bytes:
         for panel, name in zip(panels[0], shows, strict=True):
             draw_dots(panel, rows, name)
         panels[0, 0].set_yticks(range(len(rows)), [row["label"] for row in rows])
-        panels[0, 0].invert_yaxis()
+        panels[0, 0].set_ylim(len(rows) - 0.5, -0.5)  # the first on top
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80)
     pyplot.close(figure)

@@ -82,10 +82,13 @@ def check_order(run, stages: Sequence[str], say: Callable[[str], None]):
 
 
 def check_begun(run, stages: Sequence[str], data: dict[str, str], seed: int):
-    """Raise UserError, before anything is written, if stages cannot go on as the command says."""
+    """Raise UserError, before anything is written, if what was trained forbids what is asked.
+
+    States, which are large, are not read here.
+    """
     check_order(run, stages, lambda _: None)
     for stage in stages:
-        check_origin(run, stage, data, seed, run.load_state(stage))
+        check_origin(run, stage, data, seed, {})
 
 
 def data_note(dataset) -> dict[str, str]:

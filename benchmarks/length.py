@@ -247,8 +247,8 @@ def main():
     if args.toy:
         args.tokens, args.rounds = [1024, 2048], 1
     args.out = args.out or target("length.png", args.toy)
-    for path in (args.out, args.json):
-        check_target(path or args.out)
+    for path in filter(None, (args.out, args.json)):
+        check_target(path)
     if min(args.tokens) < 1024 or args.rounds < 1:
         raise UserError("--tokens: at least 1024 each; --rounds: at least 1")
     device = default_device()

@@ -143,10 +143,10 @@ class Positions(nn.Module):
         time = pairs - 2 * space
         self.first = 0 if config.time_features else time  # of the pairs seen at the input
         # Cycles per second (from a minute's wave up to half the frame rate) and per frame side.
-        seconds = torch.logspace(math.log2(1 / 64), math.log2(config.rate / 2), time, base=2)
-        side = torch.logspace(-2, math.log2(config.space_cycles), space, base=2)
+        seconds = torch.logspace(-6, math.log2(config.rate / 2), time, base=2, device="cpu")
+        side = torch.logspace(-2, math.log2(config.space_cycles), space, base=2, device="cpu")
         cycles = torch.block_diag(seconds, side, side)  # (3, d/2)
-        self.register_buffer("cycles", cycles, persistent=False)
+        self.register_buffer("cycles", cycles, persistent=False)  # in no file, so never on "meta"
         self.features = nn.Linear(2 * (pairs - self.first), config.width)
 
     def forward(self, coords: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,7 +317,8 @@ class DiT(nn.Module):
         self.scale_out = nn.Linear(width, width)
         self.latents_out = nn.Linear(width, patch_channels)
         self.run_block = nn.Module.__call__  # or another way to run it, that saves memory or time
-        self.init_weights()
+        if not self.type_embedding.is_meta:  # there values come from a file
+            self.init_weights()
 
     def init_weights(self):
         """Xavier for every matrix, then zeros: block outputs, all scales of t, the last layer."""
@@ -350,8 +351,7 @@ class DiT(nn.Module):
 
     def place(self, grids: Sequence[Grid], start: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Return what tells a token its place and stream, (N, D); RoPE's cos and sin, (N, d/2)."""
-        device = self.type_embedding.device
-        coords = torch.cat([grid_coords(*grid, device) for grid in grids])
+        coords = torch.cat([grid_coords(*grid, self.type_embedding.device) for grid in grids])
         coords = torch.cat([coords[:, :1] + start, coords[:, 1:]], 1)  # (N, 3)
         features, cos, sin = self.positions(coords)
         # By token, with the features: torch 2.13 fails to compile, in bfloat16 on a CPU, the

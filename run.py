@@ -237,18 +237,17 @@ class Run:
 
     def _dit(self, stage: str, config: Network) -> nn.Module:
         """Return a network. What of a released one was not trained is loaded from there."""
-        released = isinstance(config, WanDiTConfig)
-        own = released and config.train == "all"  # then all of it is in the run's own file
-        if released and config.wan.weights and not own:
+        whole = not isinstance(config, WanDiTConfig) or config.train == "all"
+        if not whole and config.wan.weights:  # the rest is not in the run's own file
             check_weights(self, "dit")
-        return self._load(stage, "dit", build_dit, config, device="meta" if own else "cpu")
+        return self._load(stage, "dit", build_dit, config, device="meta" if whole else "cpu")
 
-    def _load(self, stage: str, module: str, kind: Callable, *configs, device="cpu") -> nn.Module:
+    def _load(self, stage: str, module: str, kind: Callable, *configs, device="meta") -> nn.Module:
         """Return a trained part, frozen; UserError if its weights are missing or do not fit."""
         file = self.weights_file(stage)
         self.check_there(stage)
         with torch.random.fork_rng(devices=[]), torch.device(device):  # the caller's stay
-            part = kind(*configs)
+            part = kind(*configs)  # on "meta" without initial values, as its file holds all of it
         frozen = {name: p for name, p in part.named_parameters() if not p.requires_grad}
         try:
             tensors = read_weights(file, module, HELD[stage])

@@ -73,7 +73,8 @@ def train_stage(
             return
     source = source_of(stage, config, dataset, clips)
     run.let_go()
-    gc.collect()  # the learner before this one is in a circle with what saved its state
+    if run.device.type == "cuda":  # whose memory is not what Python goes by
+        gc.collect()  # the learner before this one is in a circle with what saved its state
     progress = begin(run, stage, source, data, seed, state, team)
     state = None  # it is as large as all that is trained
     for old in anew if team.first else ():
@@ -265,9 +266,8 @@ def train(run: Run, stages: Sequence[str], dataset, seed: int, team=None, board=
         needs = dict.fromkeys((*(x for x in both if not run.released(x)), *run.needs(stage)))
         if missing := [need for need in needs if not run.finished(need)]:
             team.say("{0} needs {1} first: training {1}".format(stage, " and ".join(missing)))
-        for each in missing:
-            train_stage(run, each, dataset, clips, seed, team, board)
-        train_stage(run, stage, dataset, clips, seed, team, board, anew)
+        for each in (*missing, stage):
+            train_stage(run, each, dataset, clips, seed, team, board, anew if each == stage else ())
         anew = ()  # with the first of them all were forgotten
 
 

@@ -71,6 +71,7 @@ def count_flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
 
     Of matrix products, attention and convolutions; recomputation is not counted.
     """
+    model.to("meta")  # what was built there keeps buffers that are in no file
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(**moved(inputs, torch.device("meta")))[0].backward()
     return counter.get_total_flops()

@@ -93,7 +93,7 @@ def read_weights(path: Path, part: str, parts: Sequence[str]) -> dict[str, Tenso
             if owner not in parts:
                 raise KeyError(f"unexpected {name}")
             if owner == part:
-                found[rest] = file.get_tensor(name).float()
+                found[rest] = file.get_tensor(name).to(torch.float32, copy=True)
     return found
 
 

@@ -9,8 +9,9 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,13 @@ def copy_of(begun: Run, path: Path, stage: str, *settings: str) -> Path:
     return path
 
 
+@lru_cache
+def alone(begun: Run, stage: str, *settings: str) -> Run:
+    """Return a run whose stage was trained by one process, once for all tests."""
+    folder = Path(tempfile.mkdtemp(dir=begun.path.parent))
+    return train_as(1, copy_of(begun, folder / "one", stage, *settings), stage)
+
+
 def assert_same(one: Run, other: Run, stage: str, tolerance: float):
     """Compare what two runs logged at every step, and the weights they wrote."""
     for mine, yours in zip(metrics(one, stage), metrics(other, stage), strict=True):
@@ -140,7 +148,7 @@ def test_the_mean_over_processes_leaves_out_what_is_no_number():
 def test_two_processes_train_as_one_does(begun, tmp_path, shard, optimizer, tolerance):
     """Twenty steps of the painter and its compressor."""
     settings = ["stages.latent.steps=20", f"stages.latent.optimizer={optimizer}"]
-    one = train_as(1, copy_of(begun, tmp_path / "one", "latent", *settings), "latent")
+    one = alone(begun, "latent", *settings)
     two = copy_of(begun, tmp_path / "two", "latent", *settings)
     two = train_as(2, two, "latent", shard=shard)
     assert len(metrics(one, "latent")) == 20
@@ -151,7 +159,7 @@ def test_two_processes_train_as_one_does(begun, tmp_path, shard, optimizer, tole
 def test_the_other_stages_in_two_processes(begun, tmp_path, stage):
     """Captions differ in length: a row's loss must not depend on its company."""
     settings = [f"stages.{stage}.optimizer=adamw", f"stages.{stage}.lr=1e-4"]
-    one = train_as(1, copy_of(begun, tmp_path / "one", stage, *settings), stage)
+    one = alone(begun, stage, *settings)
     two = train_as(2, copy_of(begun, tmp_path / "two", stage, *settings), stage)
     assert_same(two, one, stage, 1e-5)
 
@@ -159,7 +167,7 @@ def test_the_other_stages_in_two_processes(begun, tmp_path, stage):
 @pytest.mark.parametrize("before, after", [("DDP", "one"), ("FSDP2", "one"), ("one", "FSDP2")])
 def test_a_run_stops_with_some_processes_and_goes_on_with_others(begun, tmp_path, before, after):
     settings = ["stages.base.optimizer=adamw", "stages.base.lr=1e-4"]
-    whole = train_as(1, copy_of(begun, tmp_path / "whole", "base", *settings), "base")
+    whole = alone(begun, "base", *settings)
     path = copy_of(begun, tmp_path / "parts", "base", *settings)
     kinds = {"one": (1, False), "DDP": (2, False), "FSDP2": (2, True)}
     for kind, stop in ((before, 3), (after, 0)):
@@ -248,7 +256,7 @@ def test_recomputed_blocks_are_compiled_in_shares_too(begun, monkeypatch):
 
 def test_accumulation_is_a_field_of_a_stage(begun, tmp_path):
     settings = ["stages.base.optimizer=adamw", "stages.base.lr=1e-4"]
-    one = train_as(1, copy_of(begun, tmp_path / "one", "base", *settings), "base")
+    one = alone(begun, "base", *settings)
     settings.append("stages.base.accumulate=2")
     two = train_as(2, copy_of(begun, tmp_path / "two", "base", *settings), "base")
     assert_same(two, one, "base", 1e-5)

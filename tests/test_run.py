@@ -323,6 +323,25 @@ def test_exported_weights_are_half_as_large_and_load(tmp_path, capsys):
     assert not [path for path in target.iterdir() if path.suffix == ".state"]
 
 
+def test_parts_are_read_without_initial_values(tmp_path, monkeypatch):
+    """Which take minutes at the paper's sizes; what no file holds is there nevertheless."""
+    run = random_run(tmp_path / "run")
+    expected = {stage: modules_of(run, stage) for stage in ORDER}
+    drawn = []
+    for name in ("normal_", "uniform_"):
+        fill = getattr(torch.Tensor, name)
+        watched = lambda x, *a, fill=fill, **k: drawn.append(x) or fill(x, *a, **k)  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, watched)
+    for stage in ORDER:
+        found = dict(loaded(run, stage).named_buffers())
+        for name, part in expected[stage].items():
+            for buffer, value in part.named_buffers():
+                assert found[f"{name}.{buffer}"].device == run.device
+                if f"{name}.{buffer}" not in part.state_dict(prefix=f"{name}."):
+                    assert torch.equal(found[f"{name}.{buffer}"], value), buffer
+    assert all(x.is_meta for x in drawn)
+
+
 def test_exporting_nothing_or_onto_itself_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="no weights"):
         export(run.path, tmp_path / "out")

@@ -49,7 +49,7 @@ sizes = pytest.mark.parametrize("size", SIZES)
 
 
 @lru_cache
-def clips(split: str = "test", size: str = "32x32", count: int = 300):
+def clips(split: str = "test", size: str = "32x32", count: int = 150):
     return World(SIZES[size], split).batch(range(count))
 
 
@@ -87,8 +87,8 @@ def test_a_clip_does_not_depend_on_what_is_drawn_beside_it(indices):
 
 
 def test_a_batch_of_many_chunks_is_its_clips_one_by_one():
-    batch = clips("train", count=100)
-    alone = torch.cat([World(SMALL, "train").batch([i]).video for i in range(100)])
+    batch = clips("train")
+    alone = torch.cat([World(SMALL, "train").batch([i]).video for i in range(150)])
     assert batch.video.equal(alone)
 
 
@@ -135,7 +135,7 @@ def test_a_story_is_told_and_taken_apart():
             motions_of(text)
 
 
-@given(st.integers(0, 299), st.integers(1, 16), st.integers(1, 8))
+@given(st.integers(0, 149), st.integers(1, 16), st.integers(1, 8))
 def test_too_few_frames_for_a_story_are_no_error(i, frames, events):
     for thing in read(clips().video[i, :, :frames], events):
         assert thing.motion == UNCLEAR or len(thing.motion.split(" then ")) == events
@@ -326,7 +326,7 @@ def test_bytes_survive_as_floats():
 @sizes
 @splits
 def test_every_clip_is_read_as_it_is_told(split, size):
-    batch = clips(split, size, 300 if size == "32x32" else 60)
+    batch = clips(split, size, 150 if size == "32x32" else 60)
     wrong = misread(read_all(batch.video), batch.captions)
     assert not wrong, f"{len(wrong)} of {len(batch.captions)} misread: {wrong[:3]}"
 
@@ -353,7 +353,7 @@ def scaled(video: Tensor, generator: torch.Generator) -> Tensor:
 @pytest.mark.parametrize("spoil", [noisy, blurred, tinted, scaled])
 def test_mild_damage_is_survived(spoil):
     """With sharp pictures alone a reader would judge a painter's blur, not what it shows."""
-    batch = clips(count=200)
+    batch = clips()
     spoilt = spoil(batch.video.float(), torch.Generator().manual_seed(0))
     wrong = misread(read_all(spoilt), batch.captions)
     rate = 1 - len(wrong) / len(batch.captions)
@@ -372,7 +372,7 @@ REVERSED = {
 
 @splits
 def test_time_reversed_reverses_motions(split):
-    batch = clips(split, count=150)
+    batch = clips(split)
     expected = [
         caption([t._replace(motion=REVERSED.get(t.motion, t.motion)) for t in parse(text)])
         for text in batch.captions
@@ -396,7 +396,7 @@ def test_mirrored_exchanges_two_directions_and_the_order_along_them(axis, ways):
         if axis == 3:
             scene, found = ([t._replace(shape="") for t in s] for s in (scene, found))
         wrong += [(i, found, scene)] * (found != scene)
-    assert not wrong, f"{len(wrong)} of 300 misread: {wrong[:3]}"
+    assert not wrong, f"{len(wrong)} of 150 misread: {wrong[:3]}"
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_mirrored_exchanges_two_directions_and_the_order_along_them(axis, ways):
 )
 def test_exchanged_channels_exchange_colours(channels, exchanged):
     """The new colours are not quite the palette's, but nearer to it than to any other."""
-    batch = clips(count=150)
+    batch = clips()
     expected = [
         caption([t._replace(colour=exchanged.get(t.colour, t.colour)) for t in parse(text)])
         for text in batch.captions
@@ -503,7 +503,7 @@ def test_noise_has_no_shape(seed, size):
 
 
 @settings(max_examples=30)
-@given(st.integers(0, 299), st.integers(1, 16), st.integers(1, 32), st.integers(1, 32))
+@given(st.integers(0, 149), st.integers(1, 16), st.integers(1, 32), st.integers(1, 32))
 def test_any_part_of_a_video_can_be_read(i, frames, height, width):
     for track in tracks(clips().video[i, :, :frames, :height, :width]):
         assert track.centres.isfinite().all() and track.areas.isfinite().all()

@@ -66,7 +66,8 @@ class TinyEncoder(nn.Module):
         self.stem = nn.Sequential(
             OrderedDict(first=first, act=nn.GELU(), blocks=nn.Sequential(*blocks))
         )
-        self.register_buffer("waves", torch.logspace(-2, 2, 8, base=2), persistent=False)
+        waves = torch.logspace(-2, 2, 8, base=2, device="cpu")
+        self.register_buffer("waves", waves, persistent=False)  # in no file, so never on "meta"
         self.positions = nn.Linear(3 * 2 * len(self.waves), dim)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(

@@ -57,7 +57,7 @@ class Compressor(nn.Module):
             nn.init.zeros_(last.bias)
             nn.init.constant_(last.bias[channels:], config.log_variance)
         else:  # nothing to learn, and no variance
-            self.register_buffer("projection", torch.eye(channels, dim))
+            self.register_buffer("projection", torch.zeros(channels, dim).fill_diagonal_(1))
         # Features of pretrained towers have uneven scales: standardise them first.
         self.register_buffer("feature_mean", torch.zeros(dim))
         self.register_buffer("feature_std", torch.ones(dim))

@@ -303,7 +303,7 @@ def accepted(junk: list[str]) -> Config | None:
 @lru_cache(maxsize=4096)
 def built(kind: type, *sizes) -> torch.nn.Module:
     with torch.device("meta"):  # no memory, no arithmetic: shapes alone
-        return kind(*sizes)
+        return kind(*sizes).to("meta")  # also buffers that are in no file
 
 
 @lru_cache(maxsize=4096)

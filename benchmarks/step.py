@@ -247,7 +247,7 @@ def measured(case: Case, compile: bool, rounds: int, device: torch.device) -> li
         torch.manual_seed(0)
         network, inputs = make(case)
         task = Task(network)
-        flops[name] = count_flops(copy.deepcopy(task).to("meta"), inputs)
+        flops[name] = count_flops(copy.deepcopy(task), inputs)
         task, inputs = task.to(device), moved(inputs, device)
         fused = name != "ours" and faster_kernels(task, inputs, device, case.dtype)
         kernels[name] = "as in training" if name == "ours" else "fused" if fused else "plain"

@@ -67,11 +67,12 @@ def computing(device: torch.device, dtype: str):
 
 
 def count_flops(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Return the floating-point operations of forward and backward of a model on the meta device.
+    """Return the floating-point operations of forward and backward of a model.
 
-    Of matrix products, attention and convolutions; recomputation is not counted.
+    Of matrix products, attention and convolutions; recomputation is not counted. Nothing is
+    computed: the model, or a copy, is moved to the meta device and stays there.
     """
-    model.to("meta")  # what was built there keeps buffers that are in no file
+    model.to("meta")  # what was built there, too: buffers that are in no file have values
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(**moved(inputs, torch.device("meta")))[0].backward()
     return counter.get_total_flops()

@@ -85,7 +85,7 @@ def template(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def desk(template, tmp_path, monkeypatch) -> Path:
-    """A fresh copy of the template as the working folder; what trains says "accepted"."""
+    """A fresh copy of the template as the working folder."""
     shutil.copytree(template, tmp_path / "desk")
     monkeypatch.chdir(tmp_path / "desk")
     return tmp_path / "desk"
@@ -250,7 +250,7 @@ SETTINGS = [(field, value) for field, values in FIELDS.items() for value in valu
 
 @pytest.fixture
 def untrained(monkeypatch):
-    """Whoever comes as far as training has been accepted."""
+    """What trains says "accepted": whoever comes as far as that has been."""
 
     def accepted(*_):
         raise AssertionError("accepted")
@@ -350,6 +350,7 @@ COMMANDS = [  # command, arguments, words of the message
     ("sample", ["--steps", "0"], ["--steps 0", "at least 1"]),
     ("sample", ["--steps", "-1"], ["--steps -1", "at least 1"]),
     ("sample", ["--steps", str(10**12)], ["--steps", "at most 10000"]),
+    ("sample", ["--seconds", "0.1"], ["--seconds 0.1", "1.0 s"]),
     ("sample", ["--seconds", "nan"], ["--seconds nan", "1.0 s"]),
     ("sample", ["--seconds", "inf"], ["--seconds inf"]),
     ("sample", ["--seconds", "-2"], ["--seconds -2"]),
@@ -362,9 +363,9 @@ COMMANDS = [  # command, arguments, words of the message
     ("sample", ["--guidance", "1", "Infinity"], ["--guidance inf"]),
     ("sample", ["--guidance", "-1000"], ["--guidance -1000"]),
     ("sample", ["--guidance", "1e30"], ["--guidance 1e+30"]),
-    ("sample", ["--guidance", "1", "2", "3", "4"], ["one to three numbers, not 4"]),
+    ("sample", ["--guidance", "1", "2", "3", "4"], ["--guidance: one to three numbers, not 4"]),
     ("sample", ["--out", "x"], ["--out x", ".webp"]),
-    ("sample", ["--out", "x.avi"], [".avi", ".webp"]),
+    ("sample", ["--out", "x.avi"], [".avi", ".webp", ".mp4"]),
     ("sample", ["--out", "x.WEBP"], ["x.WEBP", ".webp"]),
     ("sample", ["--out", ""], ["--out", ".webp"]),
     ("sample", ["--out", "empty"], ["--out empty", ".webp"]),
@@ -400,10 +401,10 @@ COMMANDS = [  # command, arguments, words of the message
     ("evaluate", ["--prompts", str(10**12)], ["--prompts", "at most"]),
     ("evaluate", ["--steps", "0"], ["--steps 0", "at least 1"]),
     ("evaluate", ["--steps", str(10**12)], ["--steps", "at most"]),
-    ("evaluate", ["--base", "--plans"], ["knows no plans"]),
+    ("evaluate", ["--base", "--plans"], ["--base --plans", "knows no plans"]),
     ("evaluate", ["--json", "empty"], ["empty is a folder"]),
     ("evaluate", ["--json", "text.txt/x.json"], ["text.txt is a file"]),
-    ("evaluate", ["--run", "nowhere"], ["nowhere is no run"]),
+    ("evaluate", ["--run", "nowhere"], ["nowhere is no run", "train.py"]),
     ("evaluate", ["--run", "text.txt"], ["text.txt is no run"]),
     # prepare.py
     ("prepare", ["preview", "--count", "0"], ["--count 0", "at least 1"]),
@@ -469,6 +470,7 @@ def test_a_command_line_that_cannot_be(desk, capsys, untrained, number):
 
 
 USAGE = [
+    ("train", [*TRAIN, "--tiny", "--preset", "small"]),
     ("train", []),
     ("train", ["--stage", "everything", "--tiny"]),
     ("train", ["--stage", "vae", "--tiny", "--no-such-option"]),
@@ -659,35 +661,39 @@ def entry(video, caption="x") -> str:
 REFUSED_CAPTIONS = {  # content, words of the message
     "empty": (b"", ["empty"]),
     "blank": (b" \n\t\n\r\n", ["empty"]),
-    "binary": (bytes(range(256)) * 9, ["line 1", "expected"]),
-    "no JSON": (b"one.webp a one", ["line 1", "expected"]),
-    "CSV": (b"video,caption\none.webp,a one", ["line 1", "expected"]),
-    "cut off": (f"{OTHER}\n{GOOD[:-5]}".encode(), ["line 2", "expected"]),
-    "an array": (f"[{GOOD}]".encode(), ["line 1", "expected"]),
-    "all in one array": (f"[\n{GOOD},\n{OTHER}\n]".encode(), ["line 1", "expected"]),
-    "two in a line": (f"{GOOD} {OTHER}".encode(), ["line 1", "expected"]),
-    "a string": (b'"one.webp"', ["line 1", "expected"]),
-    "null": (b"null", ["line 1", "expected"]),
-    "a number": (b"3", ["line 1", "expected"]),
-    "other keys": (b'{"file": "one.webp", "text": "x"}', ["line 1", "expected"]),
-    "no caption": (b'{"video": "one.webp"}', ["line 1", "expected"]),
-    "a list of captions": (b'{"video": "one.webp", "caption": ["x"]}', ["line 1", "expected"]),
-    "a number as caption": (b'{"video": "one.webp", "caption": 3}', ["line 1", "expected"]),
-    "null as caption": (b'{"video": "one.webp", "caption": null}', ["line 1", "expected"]),
-    "a number as video": (b'{"video": 3, "caption": "x"}', ["line 1", "expected"]),
-    "an object as video": (b'{"video": {}, "caption": "x"}', ["line 1", "expected"]),
-    "nested too deep": (b"[" * 200_000 + b"]" * 200_000, ["line 1", "expected"]),
-    "nested too deep inside": (b'{"video": ' + b'{"a":' * 99_999, ["line 1", "expected"]),
-    "UTF-16, cut off": (f"{GOOD}\n{OTHER[:-5]}".encode("utf-16"), ["line 2", "expected"]),
+    "binary": (bytes(range(256)) * 9, ["line 1: expected"]),
+    "no JSON": (b"one.webp a one", ["line 1: expected"]),
+    "CSV": (b"video,caption\none.webp,a one", ["line 1: expected"]),
+    "cut off": (f"{OTHER}\n{GOOD[:-5]}".encode(), ["line 2: expected"]),
+    "an array after a blank line": (f"{GOOD}\n\n[]".encode(), ["line 3: expected"]),
+    "an array": (f"[{GOOD}]".encode(), ["line 1: expected"]),
+    "all in one array": (f"[\n{GOOD},\n{OTHER}\n]".encode(), ["line 1: expected"]),
+    "two in a line": (f"{GOOD} {OTHER}".encode(), ["line 1: expected"]),
+    "a string": (b'"one.webp"', ["line 1: expected"]),
+    "null": (b"null", ["line 1: expected"]),
+    "a number": (b"3", ["line 1: expected"]),
+    "other keys": (b'{"file": "one.webp", "text": "x"}', ["line 1: expected"]),
+    "no video": (b'{"caption": "x"}', ["line 1: expected"]),
+    "no caption": (b'{"video": "one.webp"}', ["line 1: expected"]),
+    "a list of captions": (b'{"video": "one.webp", "caption": ["x"]}', ["line 1: expected"]),
+    "a number as caption": (b'{"video": "one.webp", "caption": 3}', ["line 1: expected"]),
+    "null as caption": (b'{"video": "one.webp", "caption": null}', ["line 1: expected"]),
+    "a number as video": (b'{"video": 3, "caption": "x"}', ["line 1: expected"]),
+    "an object as video": (b'{"video": {}, "caption": "x"}', ["line 1: expected"]),
+    "nested too deep": (b"[" * 200_000 + b"]" * 200_000, ["line 1: expected"]),
+    "nested too deep inside": (b'{"video": ' + b'{"a":' * 99_999, ["line 1: expected"]),
+    "UTF-16, cut off": (f"{GOOD}\n{OTHER[:-5]}".encode("utf-16"), ["line 2: expected"]),
     "not UTF-8": (entry("one.webp", "caf@").encode().replace(b"@", b"\xe9"), ["not UTF-8"]),
-    "null bytes": (b"\x00" * 100, ["line 1", "expected"]),
+    "null bytes": (b"\x00" * 100, ["line 1: expected"]),
     "a null byte inside": (GOOD.encode()[:9] + b"\x00" + GOOD.encode()[9:], ["line 1"]),
     "a path outside": (entry("../clip.webp").encode(), ["must lie in the folder"]),
     "a path around": (entry("x/../../clip.webp").encode(), ["must lie in the folder"]),
     "an absolute path": (entry("/etc/passwd").encode(), ["must lie in the folder"]),
+    "no path": (entry("").encode(), ["must lie in the folder"]),
+    "the folder itself": (entry("./").encode(), ["must lie in the folder"]),
     "a blank caption": (entry("one.webp", " \n").encode(), ["no caption", "no video can be used"]),
     "no such video": (entry("gone.webp").encode(), ["gone.webp", "no such file"]),
-    "one long line": (entry("one.webp").encode() * 9999, ["line 1", "expected"]),
+    "one long line": (entry("one.webp").encode() * 9999, ["line 1: expected"]),
     "a folder without frames": (entry("empty").encode(), ["no frames"]),
     "a null character in a name": (entry("a\0.mp4").encode(), ["no such file"]),
     "a surrogate in a name": (entry("\ud800.webp").encode(), ["no such file"]),
@@ -718,6 +724,7 @@ ODD_CAPTIONS = {  # content that works, how many clips
 def test_captions_that_cannot_be(desk, capsys, untrained, content, words):
     Path("videos/captions.jsonl").write_bytes(content)
     Path("videos/empty").mkdir()
+    words = ["videos/", *words]
     refused(capsys, prepare.main, "preview", "--data", "videos", "--out", "x.png", words=words)
     refused(capsys, train.main, *TRAIN, *MINI, "--data", "videos", words=words)
 

@@ -98,7 +98,8 @@ def test_captions_that_are_cut_are_told(tmp_path, run, folder, capsys):
     assert "captions" not in capsys.readouterr().out
 
 
-def test_a_cache_holds_what_the_parts_make_of_each_clip(tmp_path, run, folder):
+def test_a_cache_holds_what_the_parts_make_of_each_clip(tmp_path, run, folder, monkeypatch):
+    monkeypatch.setattr(HashText, "null", lambda text: torch.ones(1, text.config.dim))
     found, clips = made(folder, tmp_path, run), Folder(folder, run.config.data)
     assert len(found) == len(clips) == 24
     assert len(list((tmp_path / "videos").iterdir())) == 8
@@ -112,6 +113,7 @@ def test_a_cache_holds_what_the_parts_make_of_each_clip(tmp_path, run, folder):
         assert torch.equal(found.latents([x])[1], log_variance)
         assert torch.equal(found.features([x]), features)
     assert torch.equal(found.text(indices), run.text.encode(batch.captions))
+    assert torch.equal(found.null_text(), torch.ones(1, run.config.text.dim))
     assert torch.equal(found.latents(indices)[0][2], found.latents([5])[0][0])
 
 

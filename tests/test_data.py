@@ -381,44 +381,6 @@ def test_a_folder_of_images_with_a_caption_beside_it(tmp_path):
     assert shades(folder.batch([0]).video[0]) == list(range(16))
 
 
-GOOD = '{"video": "a.webp", "caption": "one"}'
-
-
-@pytest.mark.parametrize(
-    "lines, said",
-    [
-        (GOOD + "\n{broken", "line 2: expected"),
-        (GOOD + "\n\n[]", "line 3: expected"),
-        ('{"video": "a.webp"}', "line 1: expected"),
-        ('{"caption": "one"}', "line 1: expected"),
-        ('{"video": "a.webp", "caption": null}', "line 1: expected"),
-        ('{"video": 3, "caption": "one"}', "line 1: expected"),
-        ('{"video": "../a.webp", "caption": "one"}', "must lie in the folder"),
-        ('{"video": "/etc/passwd", "caption": "one"}', "must lie in the folder"),
-        ('{"video": "", "caption": "one"}', "must lie in the folder"),
-        ('{"video": "./", "caption": "one"}', "must lie in the folder"),
-        ('{"video": "a.webp", "caption": " "}', "no caption"),
-        ("\n\n", "empty"),
-    ],
-)
-def test_broken_captions_are_one_line(tmp_path, lines, said):
-    write_animation(tmp_path / "a.webp", [1000])
-    (tmp_path / "captions.jsonl").write_text(lines)
-    with pytest.raises(UserError, match=said) as error:
-        open_folder(tmp_path)
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
-
-
-def test_folders_without_anything(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
-        open_folder(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="neither"):
-        open_folder(tmp_path)
-    (tmp_path / "file.mp4").touch()
-    with pytest.raises(UserError, match="no such folder"):
-        open_folder(tmp_path / "file.mp4")
-
-
 def test_without_pyav_an_mp4_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     write_animation(tmp_path / "a.gif", [1000])
@@ -452,6 +414,14 @@ def test_contact_sheet_shows_the_whole_label(tmp_path):
     with Image.open(tmp_path / "sheet.png") as written:
         assert written.size == long.size
     assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def test_contact_sheet_spreads_its_frames_over_the_clip():
+    """Frame k of 20 is the grey k: a pixel of each column tells which one is shown."""
+    video = torch.arange(20, dtype=torch.uint8)[:, None, None].expand(1, 3, 20, 8, 8)
+    sheet = contact_sheet(video, ["one"])
+    found = [sheet.getpixel((4 + 132 * k + 64, 18 + 64))[0] for k in range(8)]
+    assert found == [0, 3, 5, 8, 11, 14, 16, 19]
 
 
 def test_preview_on_the_command_line(tmp_path, monkeypatch, capsys):

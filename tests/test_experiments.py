@@ -8,7 +8,9 @@ import itertools
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +22,14 @@ from benchmarks import length
 from claims import EXPERIMENTS, Arm, latents_as_plan
 from conclusions import bootstrap, conclude, judge, line_of, read_results, slug, terms_of
 from config import tiny
+from data import DataConfig
 from evaluate import PLANS
 from experiments import Busy, alone, configured, stage_flops, stage_key, stages_of
 from plumbing.files import read_json
 from plumbing.metrics import Metrics
 from settings import override
 from toy.scores import LONG_SCORES, SCORES
+from toy.world import World
 
 RESULTS = Path(__file__).parent.parent / "results"
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
@@ -232,6 +236,53 @@ def test_the_cost_is_what_the_benchmark_writes(monkeypatch):
     assert scores["tokens"]["per plan token"][0] > 1
 
 
+# --- ways of making videos, and what is seen of them --------------------------------------------
+
+OWN = tiny().sample
+WAYS = {  # name -> who is asked, with what
+    "real": "the clips",
+    "vae": "the VAE, the clips",
+    "text": ("sampled", OWN, {}),
+    "base": ("sampled", OWN, {"base": True}),
+    "base, guidance 3": ("sampled", replace(OWN, base_guidance=3.0), {"base": True}),
+    **{p: ("from_plans", OWN, {"plans": p, "told": True}) for p in PLANS},
+    **{f"{p}, no text": ("from_plans", OWN, {"plans": p, "told": False}) for p in PLANS},
+}
+
+
+class Asked:
+    """Stands for an Evaluation: its ways return what they are asked for."""
+
+    run, real = SimpleNamespace(config=tiny()), {"rows": "the clips"}
+
+    def sampled(self, rows, options, **how):
+        return "sampled", options, how
+
+    def from_plans(self, rows, options, **how):
+        return "from_plans", options, how
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_way_is_what_its_name_says(monkeypatch, name):
+    monkeypatch.setattr(experiments, "through_vae", lambda run, video: f"the VAE, {video}")
+    assert experiments.way_of(Asked(), name)("rows") == WAYS[name]
+
+
+@pytest.mark.parametrize("flashes", [False, True])
+def test_what_is_seen_of_real_clips(flashes):
+    """Full marks; what is made from a clip is compared with it, too."""
+    world, rows = World(DataConfig(flashes=flashes), "test"), range(2)
+    videos, scenes = world.batch(rows).video, [world.scene(i) for i in rows]
+    test = SimpleNamespace(scenes=scenes, world=world, long=False, real=videos, indices=rows)
+    own = {"colour", "exact", "motion", "number", "shape"}
+    own |= {"flash", "calm"} if flashes else set()
+    alike = {"layout", "texture"}
+    for name, more in {"text": (), "vae": alike, "oracle, no text": alike}.items():
+        found = experiments.seen(test, videos, name)
+        assert found.keys() == own.union(more)
+        assert {x for scores in found.values() for x in scores} <= {100, None}
+
+
 # --- what is shared -----------------------------------------------------------------------------
 
 
@@ -371,7 +422,7 @@ def test_the_page_has_no_number_of_its_own(made, folder):
     elif not (out / "index.html").exists():
         pytest.skip("no results yet")
     known = numbers_of([read_json(file) for file in out.glob("*/conclusion.json")])
-    known |= set(NUMBER.findall(conclusions.RULE)) | {"1"}
+    known |= set(NUMBER.findall(conclusions.RULE + conclusions.LEGEND)) | {"1"}
     page, readme = ((out / name).read_text() for name in ("index.html", "README.md"))
     shown = set(NUMBER.findall(text_of(page)))
     assert len(shown) > 10 and shown <= known, shown - known

@@ -256,6 +256,14 @@ def test_a_fresh_block_is_exactly_the_identity():
         assert block(x, time, text, cos, sin, attention, attention).equal(x)
 
 
+def test_matrices_start_as_xaviers():
+    """Uniform up to sqrt(6 / (in + out)), if not as zeros."""
+    for name, weight in DiT(PAINTER).named_parameters():
+        if weight.ndim == 2 and "embedding" not in name and weight.any():
+            bound = math.sqrt(6 / sum(weight.shape))
+            assert 0.9 * bound < weight.abs().max() <= bound, name
+
+
 def test_fresh_blocks_do_not_scale_with_time():
     """Every scale(t) starts at zero, not only the outputs: the first steps see plain RMSNorm."""
     model = DiT(PAINTER)

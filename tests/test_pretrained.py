@@ -300,7 +300,7 @@ def test_bfloat16_keeps_the_positions_of_float32(checkpoint, tower):
     features, expected = mine.encode(video), tower.encode(video)
     assert features.dtype == torch.float32
     error = (features - expected).norm() / expected.norm()
-    assert 1e-4 < error < 0.03  # measured: 0.0
+    assert 1e-4 < error < 0.03  # measured: 0.0045
 
 
 def test_weights_kept_in_bfloat16_are_read_as_they_are(tmp_path, weights):

@@ -166,7 +166,8 @@ def test_scaled_and_shifted_features_compress_alike_once_measured():
         made.set_feature_statistics(these)
         plans.append(made.encode(these))
     assert_close(plans[1], plans[0], 0.02)  # float32 around shifts of hundreds
-    assert_close(compressor().encode(features).std(), plans[0].std(), 1.0)
+    unmeasured = compressor().encode(features).std().item()
+    assert unmeasured == pytest.approx(plans[0].std().item(), rel=0.5)
 
 
 def test_a_feature_that_never_changes_is_a_zero():

@@ -343,18 +343,15 @@ def test_what_is_transparent_is_black(tmp_path, suffix, codec, pix_fmt):
     assert video[:, :, 4, 4].max() <= 12 and video[:, :, 60].max() <= 12
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
 def test_what_is_transparent_in_an_image_is_black(tmp_path, mode):
     red = Image.fromarray(red_over_hidden_green())
     options = {}
     if mode in ("RGBA", "LA"):
         image = red.convert(mode)
     else:  # colour 0 is green and transparent, colour 1 is red
-        image = Image.fromarray(
-            red_over_hidden_green()[..., 3] // 255, "P" if mode == "PA" else "L"
-        )
-        image = image.convert("L") if mode == "L" else image
-        if mode != "L":
+        image = Image.fromarray(red_over_hidden_green()[..., 3] // 255)
+        if mode == "P":
             image.putpalette([0, 255, 0, 255, 0, 0])
         options = {"transparency": 0}
     image.save(tmp_path / "a.png", **options)

@@ -40,6 +40,7 @@ from chain import check_chain, point_to
 from config import BLOCK, preset, wan_tiny
 from config import main as config_main
 from encode import clips_in_memory
+from optim import build_optimizers
 from plumbing.device import computing, recomputed
 from plumbing.files import UserError
 from plumbing.metrics import Metrics
@@ -51,6 +52,7 @@ from settings import Config, override
 from stages import learner
 from start import begin
 from text import UMT5, describe_text
+from toy.text import HashText
 from wan import WanConfig, WanDiT, WanDiTConfig, angles, describe_transformer
 
 ROOT = Path(__file__).parents[1]
@@ -256,6 +258,15 @@ def test_what_is_trained(repository):
                     assert len(names - wan) == new
 
 
+def test_muon_takes_no_factor_of_lora(repository):
+    """It would orthogonalise each; what counts is their product."""
+    modules = torch.nn.ModuleDict({"dit": WanDiT(config_of(repository[0], train="lora"))})
+    (adamw,) = build_optimizers(modules, replace(wan_tiny().stages.latent, optimizer="muon"))
+    assert type(adamw) is torch.optim.AdamW
+    held = {p for group in adamw.param_groups for p in group["params"]}
+    assert held == {p for p in modules.parameters() if p.requires_grad}
+
+
 # --- loading ------------------------------------------------------------------------------------
 
 
@@ -448,7 +459,10 @@ def test_a_base_is_written_as_a_released_transformer(pretrained):
 
 
 @modes
-def test_a_stage_starts_from_the_weights_and_keeps_what_it_trained(pretrained, tmp_path, mode):
+def test_a_stage_starts_from_the_weights_and_keeps_what_it_trained(
+    pretrained, tmp_path, mode, monkeypatch
+):
+    monkeypatch.setattr(HashText, "null", lambda text: torch.ones(1, text.config.dim))
     run = tuned(pretrained, tmp_path / "run", mode)
     train.train(run, ["latent", "semantic", "base"], few(run), seed=0)
     released = load_file(pretrained / "released/transformer/diffusion_pytorch_model.safetensors")
@@ -465,7 +479,9 @@ def test_a_stage_starts_from_the_weights_and_keeps_what_it_trained(pretrained, t
             if f"dit.{name}" in learned:
                 assert x.equal(stored[f"dit.{name}"])
                 assert "lora_A" in name or not x.equal(start.state_dict()[name])  # it has learned
-            elif name != "null_text":
+            elif name == "null_text":
+                assert x.equal(stored["dit.null_text"]) and x.equal(torch.ones(1, 64))
+            else:
                 its = name.removeprefix("wan.").replace(".base_layer", "")
                 assert x.equal(released[its])
     lines = metrics(run, "latent")

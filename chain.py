@@ -104,11 +104,11 @@ def check_origin(run, stage: str, data: dict[str, str], seed: int, state: dict |
     It cannot with other weights than it was begun on, with other data, with another seed, or
     without its state.
     """
-    check_chain(run, stage)
-    check_chain(run, stage, (state or {}).get("made_of", {}))
     for begun in (run.note(stage), state or {}):
+        check_chain(run, stage, begun.get("made_of", {}))
         old = begun.get("data")
-        if old and old["name"] != data["name"] and old["listing"] != (data["listing"] or None):
+        # The same list under another name is a folder that has moved.
+        if old and old["name"] != data["name"] and old["listing"] != data["listing"]:
             raise UserError(
                 f"{run.path}: {stage} learned from {old['name']}, not from {data['name']}: give "
                 "the same --data, another --out, or --fresh to start over"

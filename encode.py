@@ -55,8 +55,8 @@ def clips_in_memory(run: Run, world: World) -> Memory:
         with computes(run, "text"):
             return run.text.encode(world.captions(indices)).cpu()
 
-    null_text = lambda _: run.text.null().cpu()  # noqa: E731
-    encode = {"latents": latents, "features": features, "text": text, "null_text": null_text}
+    encode = {"latents": latents, "features": features, "text": text}
+    encode["null_text"] = lambda _: run.text.null().cpu()
     return Memory(len(world), world.captions, encode)
 
 

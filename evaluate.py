@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flags import add_run_flags, frames_of, open_run, options_of
+from plumbing.fields import command_line
 from plumbing.files import UserError, check_target, command, to_path, write_file
 from run import Run
 from sample import generate, paint, reference_plans, through_vae
@@ -49,7 +50,7 @@ class Evaluation:
         events = max(1, round(data.events * self.frames / data.frames))
         try:
             self.world = World(replace(data, frames=self.frames, events=events), split)
-        except UserError as error:  # it learned from real videos, of another aspect
+        except ValueError as error:  # learned from videos of another aspect; or too short a clip
             raise UserError(f"{run.path}: {error}") from None
         self.indices = choose(self.world, prompts)
         self.scenes = [self.world.scene(i) for i in self.indices]
@@ -97,10 +98,7 @@ class Evaluation:
 
 def arguments() -> argparse.Namespace:
     """Read the command line; UserError for what cannot be, before anything is loaded."""
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}{explained()}\nWith --long:\n{explained(long=True)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line(f"{__doc__}{explained()}\nWith --long:\n{explained(long=True)}")
     add_run_flags(parser)
     parser.add_argument("--prompts", type=int, help="half one object, half two; 512, --long: 128")
     parser.add_argument("--long", action="store_true", help="scores of clips with several events")

@@ -2,7 +2,7 @@
 
     python experiments.py list                      # what there is, and what was found
     python experiments.py plan                      # one of them: trains what is missing
-    python experiments.py all --seeds 3             # all of them
+    python experiments.py all --out runs/claims     # all of them, anew
     python experiments.py report                    # results/README.md and results/index.html
 
 claims.py says what is run and what would show a claim, conclusions.py what it shows. Every score of
@@ -11,7 +11,6 @@ processes share the work: give the same command twice. A stage that arms have in
 once: remove `--runs` after changes of the code.
 """
 
-import argparse
 import json
 import platform
 import subprocess
@@ -33,17 +32,16 @@ from config import PRESETS, paper, preset, shapes
 from data import to_float
 from evaluate import PLANS, Evaluation
 from plumbing.cache import Memory, hash_of
-from plumbing.device import count_flops, default_device, faster_dtype
-from plumbing.fields import add_set_flag, differences, flat_fields
+from plumbing.device import default_device, faster_dtype
+from plumbing.fields import add_set_flag, command_line, differences, flat_fields
 from plumbing.files import UserError, check_target, command, read_json, to_path, write_file
 from plumbing.folder import locked, versions
 from plumbing.page import animation
 from plumbing.seeds import Rows
 from run import FREE, Run
 from sample import through_vae
-from semantic import Compressor
 from settings import Config, from_fields, override
-from stages import RECIPE, USES, learner, needs_of, some_captions
+from stages import RECIPE, USES, needs_of, step_flops
 from toy.scores import drifts, flash_scores, likeness, of_each
 from toy.world import World
 from train import train
@@ -84,7 +82,6 @@ def stage_flops(config: Config, stage: str) -> int:
     """Return the floating-point operations of all steps of a stage (`count_flops`)."""
     chosen = getattr(config.stages, stage)
     source = World(config.data).shorter(chosen.pieces)
-    captions = some_captions(stage, source)
     if stage in USES:
         empty = {
             "latents": (2, config.vae.channels, *config.latent_grid()),
@@ -93,10 +90,7 @@ def stage_flops(config: Config, stage: str) -> int:
         }
         encode = {k: lambda i, shape=v: torch.zeros(len(i), *shape) for k, v in empty.items()}
         source = Memory(1, lambda indices: [""] * len(indices), encode)
-    with torch.device("meta"):
-        compressor = Compressor(config.encoder.dim, config.compressor)
-        twin = learner(config, stage, captions, compressor)
-    return count_flops(twin, twin.draw(source, Rows(range(chosen.batch), stage, 0))) * chosen.steps
+    return step_flops(config, stage, source, Rows(range(chosen.batch), stage, 0)) * chosen.steps
 
 
 def recipe_flops(config: Config) -> int:
@@ -122,16 +116,8 @@ def configured(arm: Arm, name: str, settings: Sequence[str]) -> Config:
 def stages_of(config: Config, arm: Arm) -> list[str]:
     """Return the stages that an arm's ways of making videos need, in the order of training."""
     own = {"text": "semantic", "base": "base", "vae": "vae", "real": "vae"}
-    found: list[str] = []
-
-    def add(stage: str):
-        for need in needs_of(config, stage):
-            add(need)
-        found.extend([stage] if stage not in found else [])
-
-    for way in arm.ways:
-        add(own.get(way.partition(",")[0], "latent"))
-    return found
+    wanted = [own.get(way.partition(",")[0], "latent") for way in arm.ways]
+    return list(dict.fromkeys(x for stage in wanted for x in (*needs_of(config, stage), stage)))
 
 
 def stage_key(config: Config, stage: str, seed: int) -> str:
@@ -201,8 +187,7 @@ def seen(test: Evaluation, videos: torch.Tensor, way: str) -> dict[str, list[flo
     if test.long:  # consistency is not asked for
         found = drifts(videos, test.scenes, lambda clips: torch.zeros(len(clips)))
         scores["drift"] = ((found["colour"] + found["shape"]) / 2).tolist()
-    rounded = lambda x: x if x is None else round(x, 2)  # noqa: E731
-    return {name: list(map(rounded, values)) for name, values in scores.items()}
+    return {k: [x if x is None else round(x, 2) for x in found] for k, found in scores.items()}
 
 
 def plan_facts(test: Evaluation) -> dict[str, float]:
@@ -259,7 +244,7 @@ class Options:
     runs: Path
 
 
-def lines_of(content: dict) -> bytes:
+def json_lines(content: dict) -> bytes:
     """Return JSON with a line for each entry."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
@@ -319,7 +304,7 @@ def run_job(job: Job):
             run = trained(folder, job.config, stages_of(job.config, arm), seed, runs)
             content |= scored(run, arm, job.options.prompts, seed, job.file)
         content |= {"hardware": hardware(), "versions": versions()}
-        write_file(job.file, lines_of({**content, "config": flat_fields(job.config)}))
+        write_file(job.file, json_lines({**content, "config": flat_fields(job.config)}))
 
 
 def scored(run: Run, arm: Arm, prompts: int, seed: int, file: Path) -> dict:
@@ -349,9 +334,7 @@ def scored(run: Run, arm: Arm, prompts: int, seed: int, file: Path) -> dict:
 
 def arguments() -> tuple[str, Options]:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     names = [experiment.name for experiment in EXPERIMENTS]
     what = f"list, all, report, or some of {', '.join(names)}"
     parser.add_argument("what", nargs="+", metavar="WHAT", help=what)
@@ -361,13 +344,14 @@ def arguments() -> tuple[str, Options]:
     add_set_flag(parser)
     more = {"action": "extend", "nargs": "+", "default": []}
     parser.add_argument("--arms", metavar="ARM", help="only these", **more)
-    parser.add_argument("--out", type=to_path, default=Path("results"), help="where results go")
+    out = "where results go; results/ (ours, where nothing is run again) if not given"
+    parser.add_argument("--out", type=to_path, default=Path("results"), help=out)
     runs = Path("runs/experiments")
     parser.add_argument("--runs", type=to_path, default=runs, help="where runs and stages go")
     args = vars(parser.parse_args())
     what, options = args.pop("what"), Options(**args)
-    alone = len(what) == 1 and what[0] in ("list", "all", "report")
-    if not alone and (unknown := [name for name in what if name not in names]):
+    single = len(what) == 1 and what[0] in ("list", "all", "report")
+    if not single and (unknown := [name for name in what if name not in names]):
         raise UserError(f"{unknown[0]}: choose list, all, report, or some of {', '.join(names)}")
     if options.seeds < 1 or options.prompts < 2:
         raise UserError("--seeds: at least 1; --prompts: at least 2, one object and two")

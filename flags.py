@@ -11,15 +11,15 @@ from chain import point_to
 from config import clip_frames
 from parts import add_part_flags, parts_from_flags
 from plumbing.files import UserError, one_line, to_path
-from run import ASSETS, Run
+from run import ASSETS, HELD, Run
 from settings import SampleConfig, check_number
 
 
 def add_run_flags(parser: argparse.ArgumentParser):
     """Add the flags that say which run is used, and how it samples."""
-    parser.add_argument("--run", type=to_path, default=ASSETS, help="run folder with the weights")
+    parser.add_argument("--run", type=to_path, default=ASSETS, help="run folder; else assets/tiny")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
-    parser.add_argument("--steps", type=int, help="Euler steps of each stage")
+    parser.add_argument("--steps", type=int, help="Euler steps of each stage; else the run's")
     parser.add_argument("--seconds", type=float, help="length; the trained one if not given")
     add_part_flags(parser)
 
@@ -34,7 +34,7 @@ def open_run(args: argparse.Namespace, stages: Sequence[str]) -> Run:
     for stage in stages:
         run.check_there(stage)
         if not (run.released(stage) or run.finished(stage)):
-            name = {"latent": "painter", "semantic": "planner"}.get(stage, stage)
+            name = HELD[stage].get("dit", stage)
             print("{}: a preview at step {steps} of {of}".format(name, **run.note(stage)))
     return run
 

@@ -78,13 +78,12 @@ def build_optimizers(modules: nn.Module, config: StageConfig) -> list[torch.opti
 
     AdamW, and Muon for the matrices inside blocks, unless the stage wants AdamW for all.
     """
-    named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
-    use_muon = config.optimizer == "muon"
-    inside = [(n, p) for n, p in named if ".blocks." in n and ".lora_" not in n]  # products count
-    muon = [p for _, p in inside if use_muon and p.ndim == 2]
-    chosen = {id(p) for p in muon}
-    rest = [p for _, p in named if id(p) not in chosen]
-    decay = config.weight_decay
+    muon, rest, decay = [], [], config.weight_decay
+    for name, p in modules.named_parameters():
+        # LoRA's two matrices count as a product: neither is a matrix of the block.
+        inside = ".blocks." in name and ".lora_" not in name and p.ndim == 2
+        if p.requires_grad:
+            (muon if inside and config.optimizer == "muon" else rest).append(p)
     optimizers = [torch.optim.AdamW(rest, config.lr, (0.9, 0.99), weight_decay=decay, fused=True)]
     if muon:
         optimizers.append(Muon(muon, config.muon_lr, weight_decay=decay))

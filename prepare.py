@@ -15,7 +15,7 @@ from data import DataConfig, Folder
 from encode import encode_folder
 from parts import add_part_flags, check_weights_named, parts_from_flags, placed
 from plumbing.cache import Cache
-from plumbing.fields import add_set_flag
+from plumbing.fields import add_set_flag, command_line
 from plumbing.files import UserError, check_target, command, to_path
 from plumbing.sheet import contact_sheet
 from run import Run
@@ -64,7 +64,7 @@ def precompute(args: argparse.Namespace):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("preview", help="draw a sheet of clips with captions")
     one.add_argument("--data", type=to_path, help="folder of videos; without: the synthetic world")

@@ -11,7 +11,6 @@ run keeps their place and digest). Parts that do not belong together are never u
     python run.py export runs/tiny assets/tiny      # weights alone, in half precision
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from chain import again, check_chain, check_weights
 from parts import FLAGS, RELEASED, load_released, networks
 from plumbing.device import default_device, faster_dtype
-from plumbing.fields import differences, field_types, flat_fields
+from plumbing.fields import command_line, differences, field_types, flat_fields
 from plumbing.files import UserError, check_target, command, read_json, sweep, to_path, write_file
 from plumbing.folder import misfit, read_note, read_state, read_weights, versions, write_weights
 from semantic import Compressor, SemanticEncoder
@@ -299,7 +298,7 @@ def export(source: Path, target: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("action", choices=["export"])
     parser.add_argument("source", type=to_path, help="a run folder")
     parser.add_argument("target", type=to_path, help="where its weights go")

@@ -24,6 +24,7 @@ from data import reference_clip, to_float, to_uint8
 from flags import add_run_flags, encode_prompts, frames_of, open_run, options_of
 from flow import euler, guidance_weights
 from parts import computes
+from plumbing.fields import command_line
 from plumbing.files import UserError, check_target, command, require, to_path
 from plumbing.seeds import draw_noise, text_seed
 from plumbing.sheet import contact_sheet, picked, shown_frames
@@ -186,14 +187,14 @@ def written(out: Path, videos: int) -> list[Path]:
 
 def arguments() -> argparse.Namespace:
     """Read the command line; UserError for what cannot be, before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("prompts", nargs="*", metavar="prompt")
     parser.add_argument("--reference", type=to_path, help="a video, whose plan is used")
     parser.add_argument("--base", action="store_true", help="the base model, which has no plan")
     how = "one; or two: planner, painter; or three: planner, painter's text, painter's plan"
     parser.add_argument("--negative", help="a text to lead away from, in place of the null text")
     parser.add_argument("--guidance", type=float, nargs="+", default=(), metavar="G", help=how)
-    parser.add_argument("--out", type=Path, default=Path("samples/sample.webp"), help=f"{SUFFIXES}")
+    parser.add_argument("--out", type=Path, default="samples/sample.webp", help=", ".join(SUFFIXES))
     add_run_flags(parser)
     args = parser.parse_args()
     if args.out.suffix not in SUFFIXES:

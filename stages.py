@@ -108,11 +108,8 @@ def choose_stretch(config: Config, name: str, rows: Rows) -> tuple[Callable, Ten
     second at which the stretch starts. There a frame of the plan and one of the latents begin
     together (`Config.stretches`).
     """
-    pieces = getattr(config.stages, name).pieces
-    if pieces == 1:
-        return (lambda x: x), torch.tensor(0.0)
     places = config.stretches()
-    length = places // pieces
+    length = places // getattr(config.stages, name).pieces
     first = int(torch.randint(places - length + 1, (), generator=rows.common))
 
     def cut(x: Tensor) -> Tensor:
@@ -316,19 +313,21 @@ def some_features(run, clips, tokens: int) -> Tensor:
     return clips.features(spread(clips, max(1, tokens // run.config.plan_tokens()))).to(run.device)
 
 
+def step_flops(config: Config, stage: str, source, rows: Rows) -> int:
+    """Return the FLOPs of a step on these rows, counted on a twin in which nothing is computed."""
+    with torch.device("meta"):
+        compressor = Compressor(config.encoder.dim, config.compressor)
+        twin = learner(config, stage, some_captions(stage, source), compressor)
+    return count_flops(twin, twin.draw(source, rows))
+
+
 def work(run, progress, source, rows: Sequence[range]) -> dict[str, float]:
     """Return how much of each logged rate one step does: clips, tokens and, for mfu, peak seconds.
 
-    Peak seconds: what its FLOPs take at the device's full speed. They are counted on a twin of the
-    learner without values, in which nothing is computed.
+    Peak seconds: what its FLOPs take at the device's full speed.
     """
     config: StageConfig = getattr(run.config.stages, progress.stage)
-    parts = run.config.encoder.dim, run.config.compressor
-    with torch.device("meta"):
-        captions = some_captions(progress.stage, source)
-        twin = learner(run.config, progress.stage, captions, Compressor(*parts))
-    inputs = progress.modules.draw(source, progress.rows(rows[0], 0))
-    flops = count_flops(twin, inputs) * len(rows)
+    flops = step_flops(run.config, progress.stage, source, progress.rows(rows[0], 0)) * len(rows)
     return {
         "clips_s": config.batch,
         "tokens_s": config.batch * progress.modules.tokens // config.pieces,

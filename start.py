@@ -25,9 +25,7 @@ from plumbing.seeds import text_seed
 from run import Run
 from settings import StageConfig
 from stages import USES, learner, set_up, some_captions, some_features
-from wan import WanDiT
-
-ENDS = ("latents_in.", "latents_out.", "wan.patch_embedding.", "wan.proj_out.")  # in and out
+from wan import ENDS, WanDiT
 
 
 def begin(
@@ -49,9 +47,8 @@ def begin(
         modules["compressor"].set_feature_statistics(some_features(run, source, 2**15))
     set_up(modules, config)
     wrapped = team.wrap(modules, run.device)
-    known = {"optimizers": build_optimizers(modules, config), "seed": seed, "of": config.steps}
-    known |= {"clips": len(source), "data": data, "made_of": run.made_of(stage)}
-    progress = Progress(stage, modules, wrapped, **known)
+    known = {"of": config.steps, "clips": len(source), "data": data, "made_of": run.made_of(stage)}
+    progress = Progress(stage, modules, wrapped, build_optimizers(modules, config), seed, **known)
     if state:
         progress.load(run.state_file(stage), state)
         if state.get("of", config.steps) != config.steps > progress.step:
@@ -65,7 +62,8 @@ def start_network(run: Run, stage: str, dit: nn.Module, source):
         dit.null_text.copy_(source.null_text())
     if "base" in run.needs(stage):
         own, base = dit.state_dict(), run.base.state_dict()
-        new = ENDS if stage == "semantic" else ()  # z_sem's, even where the shapes are the same
+        # z_sem's own, even where the shapes are the same.
+        new = ("latents_in.", "latents_out.", *ENDS) if stage == "semantic" else ()
         base = {n: x for n, x in base.items() if n in own and not n.startswith(new)}
         alike = {n: x for n, x in base.items() if own[n].shape == x.shape}
         dit.load_state_dict(alike, strict=False)

@@ -34,7 +34,7 @@ from optim import ema_decay, lr_factor, update_ema
 from parts import add_part_flags, check_weights_named, parts_from_flags, placed
 from plumbing.cache import Cache, Memory
 from plumbing.device import computing, moved, prepared_ahead, spare_processes
-from plumbing.fields import add_set_flag, differences, flat_fields
+from plumbing.fields import add_set_flag, command_line, differences, flat_fields
 from plumbing.files import UserError, check_target, command, require, to_path
 from plumbing.folder import locked
 from plumbing.metrics import Reporter
@@ -113,12 +113,10 @@ def train_stage(
 
 def source_of(stage: str, config: StageConfig, dataset: World | Folder | Cache, clips: Callable):
     """Return what a stage draws its batches from: pixels, or encoded clips."""
-    if stage in USES:
-        found = clips()
-        return found.first(config.clips, USES[stage]) if isinstance(found, Memory) else found
-    if isinstance(dataset, Cache):
-        raise UserError(f"{dataset.path} has no pixels: train {stage} on the folder of videos")
-    return dataset.shorter(config.pieces)
+    if stage not in USES:
+        return dataset.shorter(config.pieces)
+    found = clips()
+    return found.first(config.clips, USES[stage]) if isinstance(found, Memory) else found
 
 
 def batches(run: Run, progress: Progress, source, rows: Sequence[range]):
@@ -262,8 +260,10 @@ def train(run: Run, stages: Sequence[str], dataset, seed: int, team=None, board=
     anew = tuple(stages) if fresh else ()
     check_order(run, () if fresh else stages, team.say)
     for stage in stages:
-        both = ("vae", "encoder") if stage in USES and isinstance(dataset, Folder) else ()
-        needs = dict.fromkeys((*(x for x in both if not run.released(x)), *run.needs(stage)))
+        # A folder is encoded into one cache for all stages: VAE and encoder have to be there.
+        caching = stage in USES and isinstance(dataset, Folder)
+        encoders = [x for x in ("vae", "encoder") if caching and not run.released(x)]
+        needs = dict.fromkeys((*encoders, *run.needs(stage)))
         if missing := [need for need in needs if not run.finished(need)]:
             team.say("{0} needs {1} first: training {1}".format(stage, " and ".join(missing)))
         for each in (*missing, stage):
@@ -273,18 +273,17 @@ def train(run: Run, stages: Sequence[str], dataset, seed: int, team=None, board=
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--stage", required=True, choices=[*ORDER, "all"])
-    parser.add_argument("--preset", help=f"{', '.join(PRESETS)}; else the run's own, or paper")
-    parser.add_argument("--tiny", action="store_const", const="tiny", dest="preset")
-    parser.add_argument("--tiny-long", action="store_const", const="tiny_long", dest="preset")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--preset", help=f"{', '.join(PRESETS)}; else the run's own, or paper")
+    one.add_argument("--tiny", action="store_const", const="tiny", dest="preset")
+    one.add_argument("--tiny-long", action="store_const", const="tiny_long", dest="preset")
     parser.add_argument("--data", type=to_path, help="folder of videos, or a cache; else the world")
     parser.add_argument("--out", type=to_path, help="run folder; runs/PRESET if not given")
     steps = "of each stage named, and of the base with --start base; else the preset's"
     parser.add_argument("--steps", type=int, help=steps)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, clips, noise")
     add_set_flag(parser)
     attention = "of painter and base, over time; the preset's if not given (Base-CT-Swin: swin)"
     start = "of planner and painter: from nothing, or from the run's base, trained first"

@@ -29,6 +29,7 @@ from plumbing.weights import digest, fill, loading, locate, read_settings, size,
 
 TRAINED = ("lora", "attention", "all")
 LORA = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # all but norms, ends
+ENDS = ("wan.patch_embedding.", "wan.proj_out.")  # the projections in and out
 USUAL = {  # settings that Wan's text-to-video models share, and that are read nowhere else
     **{"patch_size": [1, 2, 2], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"},
     **{"eps": 1e-6, "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None},
@@ -235,7 +236,7 @@ class WanDiT(nn.Module):
 
     def choose_trained(self):
         """Freeze what is not to be trained; what Wan does not have always is."""
-        trained, new = self.config.train, ("wan.patch_embedding.", "wan.proj_out.")
+        trained = self.config.train
         if trained == "lora":
             peft = require("peft", "lora")
             rank = self.config.rank
@@ -244,7 +245,7 @@ class WanDiT(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(
                 not name.startswith("wan.")
-                or (self.config.of_plans and name.startswith(new))
+                or (self.config.of_plans and name.startswith(ENDS))
                 or trained == "all"
                 or (trained == "attention" and ".attn1." in name)
                 or ".lora_" in name

@@ -11,7 +11,6 @@ Scores are those of evaluate.py, beside it the seconds of each stage, in OUT/SEE
 table of all seeds is printed.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import evaluate
 import train
 from config import preset
-from plumbing.fields import add_set_flag, flat_fields
+from plumbing.fields import add_set_flag, command_line, flat_fields
 from plumbing.files import UserError, command, read_json, write_file
 from plumbing.metrics import read_metrics
 from run import Run, export
@@ -94,7 +93,7 @@ def one_seed(out: Path, config: Config, seed: int, steps: list[int], prompts: in
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--preset", default="wan_tiny")
     how = "of text to video, then of painter and planner"

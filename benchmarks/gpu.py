@@ -54,6 +54,7 @@ from evaluate import Evaluation
 from model import DiT, attention
 from plumbing.cache import Memory
 from plumbing.device import computing, default_device, matmul_speed, moved, recomputed
+from plumbing.fields import command_line
 from plumbing.files import UserError, check_target, command
 from plumbing.processes import Team
 from plumbing.progress import Progress
@@ -381,9 +382,7 @@ def within(limit: float, name: str, toy: bool) -> list[dict[str, object]]:
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--toy", action="store_true", help="toy sizes: does it run?")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))

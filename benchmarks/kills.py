@@ -9,7 +9,6 @@ the same, bit for bit, but for what a clock says. The run is the preset with few
 smaller batches, a state every three steps and a line of metrics every two.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -28,7 +27,7 @@ from safetensors.torch import load_file
 
 from config import preset
 from parts import placed
-from plumbing.fields import add_set_flag
+from plumbing.fields import add_set_flag, command_line
 from run import Run
 from settings import Config, override
 from stages import ORDER
@@ -96,9 +95,7 @@ def undisturbed(folder: Path, config: Config, stages, start) -> tuple[Run, dict[
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--kills", type=int, default=50, help="of each stage, at least")
     parser.add_argument("--stage", choices=ORDER, nargs="+", default=ORDER)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

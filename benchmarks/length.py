@@ -14,7 +14,6 @@ Then sampling's last step, from latents to a file that is written as they are de
 does not depend on the length. Last, the arithmetic for the paper's minute: 60 s, 480p, 24 fps.
 """
 
-import argparse
 import math
 import multiprocessing
 import statistics
@@ -35,6 +34,7 @@ from data import to_uint8
 from flow import flow_loss
 from model import DiT
 from plumbing.device import default_device
+from plumbing.fields import command_line
 from plumbing.files import UserError, check_target, command, keep_freed_memory, write_file
 from plumbing.video import write_video
 from swin import Stream, fitting_window, windows
@@ -232,9 +232,7 @@ def minute(window: float = 5.0) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**k for k in range(12, 18)])
     parser.add_argument("--rounds", type=int, default=7, help="after one that warms up")
     parser.add_argument(

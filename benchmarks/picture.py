@@ -6,7 +6,6 @@ A plan is z_sem (Sec. 3.2), as stage 1 sampled it: at each of its places the fir
 components of its channels, over all plans shown, are the colours red, green and blue.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from plumbing.fields import command_line
 from plumbing.files import check_target, command
 from plumbing.video import write_video
 from run import ASSETS, Run
@@ -59,7 +59,7 @@ def moving(prompts: list[str], videos: Tensor, plans: Tensor) -> Tensor:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--run", type=Path, default=ASSETS)
     parser.add_argument("--out", type=Path, default=ASSETS.parent / "samples.webp")
     args = parser.parse_args()

@@ -37,6 +37,7 @@ from benchmarks.timing import in_turn, machine, markdown, seconds_of, target, to
 from config import PRESETS, preset
 from encode import clips_in_memory, encode_folder
 from plumbing.device import computing, default_device, moved
+from plumbing.fields import command_line
 from plumbing.files import UserError, check_target, command
 from plumbing.metrics import Reporter
 from plumbing.processes import Team
@@ -226,9 +227,7 @@ def shares(found: dict[str, dict[str, float]], unit: str) -> str:
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--preset", default="tiny", choices=[x for x in PRESETS if x != "paper"])
     parser.add_argument("--steps", type=int, default=200, help="of each stage on the clock")
     parser.add_argument("--clips", type=int, default=512, help="encoded; as videos, an eighth")

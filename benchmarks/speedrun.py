@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.timing import machine, markdown, matmul_peak, told, write_json
 from plumbing.device import default_device
+from plumbing.fields import command_line
 from plumbing.files import UserError, check_target, command
 
 ROOT = Path(__file__).parents[1]
@@ -138,9 +139,7 @@ def record(name: str, rows: list[dict], where: dict) -> dict[str, object]:
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--preset", default="tiny", choices=PRESETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which")
     parser.add_argument("--against", metavar="COMMIT", help="its recipe, on the same machine")

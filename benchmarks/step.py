@@ -36,6 +36,7 @@ from config import tiny
 from model import DiT
 from optim import build_optimizers
 from plumbing.device import computing, count_flops, default_device, moved
+from plumbing.fields import command_line
 from plumbing.files import UserError, check_target, command, require, write_file
 from stages import set_up
 
@@ -345,9 +346,7 @@ def plot(rows: list[dict], path: Path):
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 512, 1024])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--clips", nargs="+", default=[*CLIPS], choices=[*CLIPS])

@@ -9,7 +9,6 @@ same command; FLOPs are those of forward and backward, recomputation not counted
 --json its numbers.
 """
 
-import argparse
 import gc
 import json
 import sys
@@ -24,6 +23,7 @@ from torch import nn
 from config import preset
 from optim import build_optimizers, update_ema
 from plumbing.device import computing, count_flops, default_device, matmul_speed
+from plumbing.fields import command_line
 from plumbing.files import command, write_file
 from plumbing.folder import versions
 from settings import Config, StageConfig
@@ -92,7 +92,7 @@ def draw(shapes: dict, device) -> dict[str, torch.Tensor]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--toy", action="store_true", help="sizes for any machine")
     parser.add_argument("--train", nargs="+", choices=TRAINED, default=TRAINED)
     parser.add_argument("--steps", type=int, default=4)

@@ -64,13 +64,13 @@ class Memory(Clips):
         captions: Callable[[Sequence[int]], list[str]],
         encode: Mapping[str, Callable[[Sequence[int]], Tensor]],
     ):
-        """encode: indices -> "latents" (B, 2, C, T, h, w), "features" and "text"."""
-        self._clips, self.captions, self._encode = clips, captions, encode
-        self._all = clips
+        """encode: indices -> "latents" (B, 2, C, T, h, w), "features", "text", "null_text"."""
+        self._count = self._all = clips  # those shown (`first`), those there are
+        self.captions, self._encode = captions, encode
         self._chunks: dict[tuple[str, int], Tensor] = {}
 
     def __len__(self) -> int:
-        return self._clips
+        return self._count
 
     def first(self, clips: int, kinds: Sequence[str] = ()) -> "Memory":
         """Return so many clips, or all there are; they share what is encoded.
@@ -78,9 +78,9 @@ class Memory(Clips):
         kinds: what is encoded now, for all of them.
         """
         other = copy.copy(self)
-        other._clips = min(clips, self._all)
+        other._count = min(clips, self._all)
         for kind in kinds:
-            other._fill(kind, range(-(-other._clips // CHUNK)))
+            other._fill(kind, range(-(-other._count // CHUNK)))
         return other
 
     def null_text(self) -> Tensor:

@@ -51,8 +51,11 @@ def all_in(folder: Path) -> Iterator[Path]:
 
     Links are followed, but no folder is read twice: one may lie in itself.
     """
+
+    def named(error: OSError):
+        print(f"skipped {error.filename}: {error.strerror}")
+
     read = set()
-    named = lambda error: print(f"skipped {error.filename}: {error.strerror}")  # noqa: E731
     for place, folders, files in os.walk(folder, onerror=named, followlinks=True):
         if (real := os.path.realpath(place)) in read:
             folders.clear()

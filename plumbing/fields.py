@@ -99,10 +99,19 @@ def build_field(kind: type, name: str, values: Mapping, prefix: str = ""):
     return values[prefix + name]
 
 
+def command_line(told: str) -> argparse.ArgumentParser:
+    """Return a parser of flags whose --help begins with this text, as it is laid out."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=told, formatter_class=layout)
+
+
+SET = "fields of the preset: those that a run's config.json lists"
+
+
 def add_set_flag(parser: argparse.ArgumentParser):
     """Add --set FIELD=VALUE ..., which may be given more than once."""
     more = {"action": "extend", "nargs": "+", "default": []}
-    parser.add_argument("--set", metavar="FIELD=VALUE", dest="settings", **more)
+    parser.add_argument("--set", metavar="FIELD=VALUE", dest="settings", help=SET, **more)
 
 
 def find_field(name: str, values: Mapping) -> str:

@@ -136,12 +136,10 @@ def shown(section: dict, address: Callable[[Path], str]) -> str:
     return "\n".join([*parts, f"<p><small>{escape(section['where'])}</small></p>"])
 
 
-def body(
-    title: str, intro: str, sections: Sequence[dict], address: Callable[[Path], str] = inline
-) -> str:
+def body(title: str, intro: str, sections: Sequence[dict], address: Callable[[Path], str]) -> str:
     """Return sections as HTML, which is Markdown, too.
 
-    sections: name, paper, verdict, line, claims and asks (text that begins with a verdict), table,
+    sections: name, paper, line, claims and asks (text that begins with a verdict), table,
     plot and videos {label: file} under their captions, where it was run, and notes. address: of an
     image in the page.
     """

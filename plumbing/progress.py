@@ -20,19 +20,23 @@ KEPT = ("step", "bad", "seconds", "seed", "of", "pending", "data", "made_of")
 class Progress:
     """A stage in training."""
 
-    def __init__(self, stage: str, modules: nn.ModuleDict, wrapped: nn.Module, **known):
-        """modules: what learns; wrapped: the same, shared among processes.
-
-        known: `optimizers`, `seed`, `of` (the steps it is to have), `clips` (of which it draws),
-        `data` (what they are) and `made_of` (the weights it is trained on).
-        """
+    def __init__(
+        self,
+        stage: str,
+        modules: nn.ModuleDict,  # what learns
+        wrapped: nn.Module,  # the same, shared among processes
+        optimizers: list[torch.optim.Optimizer],
+        seed: int,
+        of: int,  # the steps it is to have
+        clips: int,  # of which it draws
+        data: dict,  # what they are
+        made_of: dict,  # the weights it is trained on
+    ):
         self.stage, self.modules, self.wrapped = stage, modules, wrapped
-        self.optimizers: list[torch.optim.Optimizer] = known["optimizers"]
-        self.seed, self.of, self.clips = known["seed"], known["of"], known["clips"]
-        self.data, self.made_of = known["data"], known["made_of"]
+        self.optimizers, self.seed, self.of = optimizers, seed, of
+        self.clips, self.data, self.made_of = clips, data, made_of
         frozen = {name for name, p in modules.named_parameters() if not p.requires_grad}
-        learned = {name: x for name, x in modules.state_dict().items() if name not in frozen}
-        self.ema = {name: x.detach().clone() for name, x in learned.items()}
+        self.ema = {n: x.clone() for n, x in modules.state_dict().items() if n not in frozen}
         self.parameters = [p for p in modules.parameters() if p.requires_grad]
         self.step = self.bad = 0  # steps done; of these the last so many were skipped
         self.seconds = 0.0  # of training, over all sittings

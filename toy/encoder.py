@@ -142,7 +142,10 @@ class Captioner(nn.Module):
         return ids
 
     def forward(self, features: Tensor, ids: Tensor) -> Tensor:
-        """Return logits (B, M, words) of each next token after ids (B, M) that begin with `end`."""
+        """Return logits (B, M, V) of each next token after ids (B, M) that begin with `end`.
+
+        V: the vocabulary's words, `end` and `unknown`.
+        """
         memory = rearrange(features, "b d s h w -> b (s h w) d")
         x = self.embedding(ids) + self.places[: ids.shape[1]]
         mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=x.device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite("helpers")
 settings.register_profile(
     "semanticgen", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -18,4 +19,12 @@ settings.load_profile("semanticgen")
 def on_the_cpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("run.default_device", lambda: torch.device("cpu"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_curves():
+    """Of losses: they take much of the time of runs of six steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plumbing.metrics.Metrics.plot", lambda _: None)
         yield

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import randn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,10 +29,6 @@ QWEN = "Qwen/Qwen2.5-VL-3B-Instruct"
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 VJEPA2 = "facebook/vjepa2-vitl-fpc64-256"
 COMMIT = "0fad780a534b6463e45facd96134c9f345acfa5b"
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def fill(tensors: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:

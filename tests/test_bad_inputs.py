@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -89,15 +90,6 @@ def desk(template, tmp_path, monkeypatch) -> Path:
     shutil.copytree(template, tmp_path / "desk")
     monkeypatch.chdir(tmp_path / "desk")
     return tmp_path / "desk"
-
-
-def tree(folder: Path) -> dict[str, object]:
-    """Return what lies in a folder, with the content of every file."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        plain = path.is_file() and not path.is_symlink()
-        found[str(path.relative_to(folder))] = path.read_bytes() if plain else path.is_dir()
-    return found
 
 
 def check_line(error: str, *words: str):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tree
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -35,7 +36,6 @@ from data import Folder, to_float
 from plumbing.cache import Cache, Memory, video_file
 from plumbing.fields import flat_fields
 from plumbing.files import UserError
-from plumbing.metrics import Metrics
 from plumbing.seeds import Rows
 from plumbing.video import write_video as write_mp4
 from run import Run
@@ -63,12 +63,6 @@ def write_folder(folder: Path, videos: int) -> Path:
         rows.append({"video": f"clips/{k}.webp", "caption": " ".join("abcd"[: 1 + k % 4])})
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file of a folder."""
-    files = (p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")
@@ -754,18 +748,13 @@ def test_damaged_files_are_one_line_and_are_encoded_anew(tmp_path, run, folder, 
 # --- training on it -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quiet(monkeypatch):
-    monkeypatch.setattr(Metrics, "plot", lambda _: None)
-
-
 def trained(out: Path) -> dict[str, torch.Tensor]:
     files = {p.name: load_file(p) for p in out.glob("*.safetensors")}
     return {f"{file} {name}": x for file, content in files.items() for name, x in content.items()}
 
 
 def test_a_folder_is_encoded_first_and_a_cache_of_it_trains_the_same(
-    tmp_path, folder, quiet, monkeypatch, capsys
+    tmp_path, folder, no_curves, monkeypatch, capsys
 ):
     """The command line, from videos to a sample of a reference; then again from a cache alone."""
     one, other = tmp_path / "one", tmp_path / "other"

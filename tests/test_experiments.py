@@ -26,7 +26,6 @@ from data import DataConfig
 from evaluate import PLANS
 from experiments import Busy, alone, configured, stage_flops, stage_key, stages_of
 from plumbing.files import read_json
-from plumbing.metrics import Metrics
 from settings import override
 from toy.scores import LONG_SCORES, SCORES
 from toy.world import World
@@ -34,14 +33,7 @@ from toy.world import World
 RESULTS = Path(__file__).parent.parent / "results"
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
 ARMS = [(e, arm) for e in EXPERIMENTS for arm in e.arms]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_curves():
-    """Of losses: they take much of the time of runs of six steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "plot", lambda _: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 # --- the rule -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers import assert_close, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -51,16 +52,6 @@ def guide(velocities: list[Tensor], *scales: float) -> Tensor:
     return sum(w * v for w, v in zip(guidance_weights(*scales), velocities, strict=True))
 
 
-def randn(*shape: int, seed: int = 0, dtype=torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_close(actual: Tensor, expected, tolerance: float = 1e-10):
-    expected = torch.as_tensor(expected, dtype=actual.dtype).expand_as(actual)
-    difference = (actual - expected).abs().max().item()
-    assert difference <= tolerance, f"max difference {difference:.3g} > {tolerance:.3g}"
-
-
 # --- the convention table, row by row ----------------------------------------------------------
 
 
@@ -83,7 +74,7 @@ def test_path_is_equation_1(pair, draws):
     t = [draws.draw(times) for _ in data]
     z = path(data, noise, torch.tensor(t, dtype=torch.float64))
     for b in range(len(data)):
-        assert_close(z[b], (1 - t[b]) * data[b] + t[b] * noise[b])
+        assert_close(z[b], (1 - t[b]) * data[b] + t[b] * noise[b], 1e-10)
 
 
 @given(batches(), times)
@@ -91,7 +82,7 @@ def test_velocity_is_the_derivative_of_the_path_by_t(pair, t):
     data, noise = pair
     t = torch.full((len(data),), t, dtype=torch.float64)
     _, derivative = jvp(lambda t: path(data, noise, t), (t,), (torch.ones_like(t),))
-    assert_close(derivative, velocity_target(data, noise))
+    assert_close(derivative, velocity_target(data, noise), 1e-10)
 
 
 def test_velocity_points_from_the_data_to_the_noise():
@@ -123,7 +114,7 @@ def test_guidance_0_is_unconditional_and_1_conditional_on_all_channels(pair, sca
 @given(times, shifts)
 def test_shift_above_1_moves_t_towards_the_noise(t, shift):
     t = torch.tensor(t, dtype=torch.float64)
-    assert_close(shift_time(t, shift), shift * t / (1 + (shift - 1) * t))
+    assert_close(shift_time(t, shift), shift * t / (1 + (shift - 1) * t), 1e-10)
     moved = shift_time(t, shift) - t
     assert moved * (shift - 1) >= -1e-12
     assert shift_time(torch.tensor(0.5), 3.0).item() == 0.75
@@ -156,15 +147,15 @@ def test_the_exact_velocity_recovers_the_data_in_any_number_of_steps(pair, steps
     """One step suffices: the path is straight."""
     data, noise = pair
     velocity = velocity_target(data, noise)
-    assert_close(euler(lambda z, t: velocity, noise, 1), data)
-    assert_close(euler(lambda z, t: velocity, noise, steps), data)
+    assert_close(euler(lambda z, t: velocity, noise, 1), data, 1e-10)
+    assert_close(euler(lambda z, t: velocity, noise, steps), data, 1e-10)
 
 
 @given(batches(), st.integers(1, 20), shifts)
 def test_back_and_forth_along_a_constant_velocity_changes_nothing(pair, steps, shift):
     start, velocity = pair
     there = euler(lambda z, t: velocity, start, steps, shift)
-    assert_close(euler(lambda z, t: -velocity, there, steps, shift), start)
+    assert_close(euler(lambda z, t: -velocity, there, steps, shift), start, 1e-10)
 
 
 def test_a_velocity_of_plus_one_lowers_z_by_one():
@@ -178,7 +169,7 @@ def test_each_step_uses_the_velocity_at_its_start(steps, shift):
     """dz/dt = t: a left Riemann sum over the grid, exactly."""
     grid = time_grid(steps, shift).double()
     z = euler(lambda z, t: expand_time(t, z).expand_as(z), torch.zeros(2, 1).double(), steps, shift)
-    assert_close(z, ((grid[1:] - grid[:-1]) * grid[:-1]).sum(), 1e-12)
+    assert_close(z, ((grid[1:] - grid[:-1]) * grid[:-1]).sum().item(), 1e-12)
 
 
 def test_euler_follows_the_state_and_not_only_the_time():
@@ -201,7 +192,7 @@ def gaussian_velocity(m: float, s: float):
 @settings(max_examples=20)
 @given(means, spreads, st.sampled_from([1.0, 3.0]))
 def test_gaussian_samples_have_the_mean_and_variance_of_the_data(m, s, shift):
-    noise = randn(20_000, 1)
+    noise = randn(20_000, 1, dtype=torch.float64)
     samples = euler(gaussian_velocity(m, s), noise, 300, shift)
     bound = 4 / math.sqrt(len(noise))  # four standard errors; then the error of 300 steps
     mean, variance = samples.mean().item(), samples.var().item()
@@ -237,7 +228,7 @@ def test_the_solver_integrates_in_float32_whatever_the_velocity_dtype(dtype):
 
 
 def test_the_solver_leaves_its_noise_alone():
-    noise = randn(4, 3)
+    noise = randn(4, 3, dtype=torch.float64)
     kept = noise.clone()
     euler(lambda z, t: z, noise, 3)
     assert noise.equal(kept)
@@ -333,8 +324,8 @@ def test_shift_keeps_the_ends_and_the_order(shift):
 @given(times, shifts, shifts)
 def test_shifts_compose_by_multiplication_and_have_an_inverse(t, a, b):
     t = torch.tensor(t, dtype=torch.float64)
-    assert_close(shift_time(shift_time(t, b), a), shift_time(t, a * b))
-    assert_close(shift_time(shift_time(t, a), 1 / a), t)
+    assert_close(shift_time(shift_time(t, b), a), shift_time(t, a * b), 1e-10)
+    assert_close(shift_time(shift_time(t, a), 1 / a), t, 1e-10)
     assert shift_time(t, 1.0).equal(t)
 
 
@@ -342,7 +333,8 @@ def test_shifts_compose_by_multiplication_and_have_an_inverse(t, a, b):
 def test_time_grid_is_the_shifted_even_grid_from_1_to_0(steps, shift):
     grid = time_grid(steps, shift)
     assert grid.shape == (steps + 1,) and grid[-1].item() == 0
-    assert_close(grid, shift_time(1 - torch.arange(steps + 1).double() / steps, shift), 1e-6)
+    even = 1 - torch.arange(steps + 1).double() / steps
+    assert_close(grid.double(), shift_time(even, shift), 1e-6)
 
 
 def test_without_a_shift_the_times_are_even():

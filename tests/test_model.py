@@ -14,6 +14,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import randn, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -56,18 +57,9 @@ coordinate = st.floats(-20, 20, allow_subnormal=False)
 places = st.tuples(coordinate, coordinate, coordinate)
 
 
-def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
 def awake(config: DiTConfig, seed: int = 0) -> DiT:
     """Return a DiT with nothing left at zero, so that every path carries weight."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = DiT(config)
-    for i, parameter in enumerate(model.parameters()):
-        parameter.data += 0.2 * randn(*parameter.shape, seed=seed + i)
-    return model
+    return seeded(DiT, config, seed=seed, shake=0.2)
 
 
 def inputs(config: DiTConfig, B: int = 2, frames: int = 4, side=(4, 6), seed: int = 1) -> dict:

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import assert_close, memory_of, randn
 from released import (
     FIRST_WORD,
     MEAN,
@@ -37,7 +38,6 @@ from released import (
     bert_model,
     fill,
     library_tower,
-    randn,
     transformers,
     umt5_model,
     vjepa2_model,
@@ -72,12 +72,6 @@ def random_video(B: int, frames: int, height: int, width: int, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     size = (B, 3, frames, height, width)
     return torch.randint(256, size, generator=generator, dtype=torch.uint8)
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float):
-    assert actual.shape == expected.shape
-    difference = (actual - expected).abs().max().item()
-    assert difference <= tolerance, f"max difference {difference:.3g} > {tolerance:.3g}"
 
 
 @contextlib.contextmanager
@@ -517,24 +511,12 @@ def test_an_index_of_shards_that_are_not_there_is_a_leftover(tmp_path, checkpoin
     assert load_tower(folder).encode(video).equal(tower.encode(video))
 
 
-MEASURE = """
-import sys
+LOAD = """
 from dataclasses import replace
 from semantic import QwenVisionTower, describe_encoder
 
-def status(field):
-    with open("/proc/self/status") as file:
-        return next(int(x.split()[1]) for x in file if x.startswith(field)) * 1024
-
 def load(folder):
-    return QwenVisionTower(replace(describe_encoder(folder), dtype="float32"))
-
-load(sys.argv[1])  # imports and first-time costs, which are not of the tower
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak so far is forgotten
-before = status("VmRSS")
-tower = load(sys.argv[2])
-print(status("VmHWM") - before, sum(x.nbytes for x in tower.tower.state_dict().values()))
+    return QwenVisionTower(replace(describe_encoder(folder), dtype="float32")).tower
 """
 LARGE = {**VISION, "depth": 16, "hidden_size": 256, "intermediate_size": 768}
 
@@ -574,13 +556,7 @@ def test_memory_is_that_of_the_tower(tmp_path, checkpoint, layout):
     for shard, tensors in shards.items():
         write_interleaved(tmp_path / shard, tensors)
     write_index(tmp_path, shards)
-    command = [sys.executable, "-c", MEASURE, str(checkpoint), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    out = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert out.returncode == 0, out.stderr
-    growth, counted = map(int, out.stdout.split())
+    growth, counted = memory_of(LOAD, checkpoint, tmp_path)
     assert counted == size > 5e7
     assert 0.9 * size < growth < 1.3 * size, f"{growth / size:.2f} times the tower"
 

@@ -198,12 +198,15 @@ def test_the_drawing_has_the_shapes_of_tiny():
     assert re.findall(r"(\d+) %", DRAWING) == [f"{100 * share:g}" for share in dropped]
 
 
-def test_the_table_of_sizes_is_what_its_command_prints(monkeypatch, capsys):
-    command = "config.py --preset paper --seconds 5 60"
-    assert f"python {command}" in PAGES["docs/real-weights.md"]
+@pytest.mark.parametrize("preset, page", [("paper", "real-weights"), ("wan", "fine-tuning")])
+def test_the_table_of_sizes_is_what_its_command_prints(monkeypatch, capsys, preset, page):
+    for library in ("diffusers", "peft") if preset == "wan" else ():
+        pytest.importorskip(library)
+    command, text = f"config.py --preset {preset} --seconds 5 60", PAGES[f"docs/{page}.md"]
+    assert f"python {command}" in text
     monkeypatch.setattr(sys, "argv", command.split())
     main()
-    assert capsys.readouterr().out in PAGES["docs/real-weights.md"]
+    assert capsys.readouterr().out in text
 
 
 def test_the_shown_encoder_is_complete(tmp_path, monkeypatch):

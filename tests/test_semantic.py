@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_close, randn, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -28,26 +29,6 @@ CHOICES = (Path(__file__).parents[1] / "docs/choices.md").read_text(encoding="ut
 SMALL = TinyEncoderConfig(dim=32, blocks=2, heads=2, caption_blocks=2, caption_words=6)
 VOCABULARY = ["a", "red", "blue", "circle", "moves", "left", "and", "cross"]
 CAPTIONS = ["a red circle moves left", "a blue cross", "a", "blue and red and blue and red and a"]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def seeded(build, *args, seed: int = 0, shake: float = 0.1):
-    """Build a module from a seed and shake its parameters, so that nothing is left at zero."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        module = build(*args)
-    for i, parameter in enumerate(module.parameters()):
-        parameter.data += shake * randn(*parameter.shape, seed=seed + i)
-    return module
-
-
-def assert_close(actual: Tensor, expected, tolerance: float = 1e-5):
-    expected = torch.as_tensor(expected, dtype=actual.dtype).expand_as(actual)
-    difference = (actual - expected).abs().max().item()
-    assert difference <= tolerance, f"max difference {difference:.3g} > {tolerance:.3g}"
 
 
 # --- the compressor ----------------------------------------------------------------------------

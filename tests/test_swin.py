@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -99,12 +100,6 @@ def random_qkv(case: Case, dtype=torch.float64, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (3, 2, 2, case.size, 5)  # q, k, v of (B, heads, N, d)
     return list(torch.randn(shape, dtype=dtype, generator=generator))
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float):
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    difference = (actual - expected).abs().max().item()
-    assert difference <= tolerance, f"max difference {difference:.3g} > {tolerance:.3g}"
 
 
 def depends(function, case: Case) -> Tensor:

@@ -1474,9 +1474,9 @@ def test_hidden_pixels_are_learned_from_pieces_of_clips_too():
 
 def test_the_curves_of_a_run_without_a_line_are_not_drawn(tmp_path):
     """Ctrl-C in the first steps, then fewer of them: the stage is done without a line."""
-    Metrics(tmp_path, "vae", 0).plot()
+    PLOT(Metrics(tmp_path, "vae", 0))
     (tmp_path / "metrics.jsonl").touch()
-    Metrics(tmp_path, "vae", 0).plot()
+    PLOT(Metrics(tmp_path, "vae", 0))
     assert not (tmp_path / "loss.png").exists()
 
 

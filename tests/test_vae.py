@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_close, randn, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,10 +21,6 @@ from toy.vae import ResBlock, TinyVAE, TinyVAEConfig
 SMALL = TinyVAEConfig(channels=3, width=16, blocks=1, time_patch=2, space_patch=4, white=1)
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def clips(B: int = 2, frames: int = 4, height: int = 8, width: int = 12, seed: int = 0) -> Tensor:
     """Return random video (B, 3, F, H, W) in [-1, 1]."""
     return randn(B, 3, frames, height, width, seed=seed).tanh()
@@ -31,18 +28,7 @@ def clips(B: int = 2, frames: int = 4, height: int = 8, width: int = 12, seed: i
 
 def awake(config: TinyVAEConfig = SMALL, seed: int = 0) -> TinyVAE:
     """Return a VAE with nothing left at zero, so that every layer carries weight."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        vae = TinyVAE(config)
-    for i, parameter in enumerate(vae.parameters()):
-        parameter.data += 0.1 * randn(*parameter.shape, seed=seed + i)
-    return vae
-
-
-def assert_close(actual: Tensor, expected, tolerance: float = 1e-5):
-    expected = torch.as_tensor(expected, dtype=actual.dtype).expand_as(actual)
-    difference = (actual - expected).abs().max().item()
-    assert difference <= tolerance, f"max difference {difference:.3g} > {tolerance:.3g}"
+    return seeded(TinyVAE, config, seed=seed)
 
 
 # --- the grid and the patches ------------------------------------------------------------------

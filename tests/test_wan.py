@@ -8,25 +8,15 @@ processes, from other starts.
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from released import (
-    diffusers,
-    filled,
-    randn,
-    umt5_model,
-    write_shards,
-    write_t5_tokenizer,
-    write_wan,
-)
+from helpers import memory_of, randn
+from released import diffusers, filled, umt5_model, write_shards, write_t5_tokenizer, write_wan
 from safetensors.torch import load_file, save_file
 from test_parallel import assert_same, train_as
 from test_run import MICRO, call, micro, modules_of, one_line, random_run
@@ -38,12 +28,10 @@ import train
 from benchmarks import finetune, wan_step
 from chain import check_chain, point_to
 from config import BLOCK, preset, wan_tiny
-from config import main as config_main
 from encode import clips_in_memory
 from optim import build_optimizers
 from plumbing.device import computing, recomputed
 from plumbing.files import UserError
-from plumbing.metrics import Metrics
 from plumbing.seeds import Rows, text_seed
 from plumbing.weights import tensor_files
 from run import Run, export
@@ -55,7 +43,6 @@ from text import UMT5, describe_text
 from toy.text import HashText
 from wan import WanConfig, WanDiT, WanDiTConfig, angles, describe_transformer
 
-ROOT = Path(__file__).parents[1]
 SIZES = [x for x in MICRO if x.split(".")[0] not in ("latent", "semantic")]
 for dit in ("latent", "semantic"):
     SIZES += [f"{dit}.{x}" for x in ("wan.heads=2", "wan.depth=2", "rank=4")]
@@ -71,10 +58,9 @@ def micro_wan(*settings: str, **parts) -> Config:
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
+def short(monkeypatch, no_curves):
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "preview", lambda *_: None)
-    monkeypatch.setattr(Metrics, "plot", lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -315,24 +301,12 @@ def test_other_models_are_refused(repository, tmp_path, settings, words):
         describe_transformer(str(tmp_path / "other"))
 
 
-MEASURE = """
-import sys
+LOAD = """
 from wan import WanDiT, WanDiTConfig, describe_transformer
-
-def status(name):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 def load(folder):
     wan = describe_transformer(folder)
     return WanDiT(WanDiTConfig(channels=wan.channels, rate=4.0, text_dim=wan.text_dim, wan=wan))
-
-load(sys.argv[1])  # imports and first-time costs
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak so far is forgotten
-before = status("VmRSS")
-dit = load(sys.argv[2])
-print(status("VmHWM") - before, sum(x.nbytes for x in dit.state_dict().values()))
 """
 
 
@@ -348,11 +322,7 @@ def test_memory_while_loading(repository, tmp_path):
         shards[f"diffusion_pytorch_model-{k % 2 + 1}.safetensors"][name] = tensors[name]
     write_shards(tmp_path, shards, "diffusion_pytorch_model")
     (tmp_path / "config.json").write_text(large.to_json_string())
-    command = [sys.executable, "-c", MEASURE, str(repository[0]), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    out = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    growth, counted = map(int, out.stdout.split())
+    growth, counted = memory_of(LOAD, repository[0], tmp_path)
     assert counted > 6e7
     assert 0.9 * counted < growth < 1.3 * counted, f"{growth / counted:.2f} times the model"
 
@@ -577,15 +547,6 @@ def test_memory_by_arithmetic_is_what_a_block_keeps(trained):
         block(x, torch.randn(1, 4, width), torch.randn(1, 6, width), (turn, turn, attend))
     found = sum(x.untyped_storage().nbytes() for x in kept.values()) / tokens / width
     assert found == pytest.approx(BLOCK[trained], rel=0.05)
-
-
-def test_the_page_shows_what_its_command_prints(monkeypatch, capsys):
-    page = (ROOT / "docs/fine-tuning.md").read_text()
-    command = "config.py --preset wan --seconds 5 60"
-    assert f"python {command}" in page
-    monkeypatch.setattr(sys, "argv", command.split())
-    config_main()
-    assert capsys.readouterr().out in page
 
 
 def test_other_weights_than_a_run_was_made_with_are_refused(pretrained, tmp_path):

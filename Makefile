@@ -30,6 +30,5 @@ $(VENV)/demo.stamp $(VENV)/test.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo 'Python 3.11 or newer is needed, not $(PYTHON); name one: make PYTHON=python3.12' >&2; exit 2; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	# Python compiles what is imported; all of it would take longer than all else here.
-	$(BIN)/python -m pip install --no-compile -e ".[$(extras)]" -c constraints.txt
+	$(BIN)/python -m pip install -e ".[$(extras)]" -c constraints.txt
 	@touch $@

@@ -36,7 +36,8 @@ LINES = {  # of a file: a fifth more is the most
     **{"data": 220, "prepare": 90, "stages": 280, "config": 260, "run": 260, "train": 330},
     **{"sample": 220, "evaluate": 150, "wan": 280, "start": 60},
 }
-MOST = {"plumbing": 2450, "all": 9790}  # lines of rooms; we aimed at 1500 and 5200
+AIM = {"plumbing": 1500, "all": 5200}  # lines of rooms
+MOST = {"plumbing": 2450, "all": 9790}  # hardly more than there are: not one more on the way there
 FUNCTION_LINES, FORWARD_LINES = 60, 30
 
 
@@ -152,9 +153,12 @@ def test_a_file_is_not_longer_than_it_should_be(module):
 
 
 @pytest.mark.parametrize("room", MOST)
-def test_a_room_is_not_longer_than_it_should_be(room):
+@pytest.mark.parametrize(
+    "limits", [pytest.param(AIM, marks=pytest.mark.xfail(reason="not there yet")), MOST]
+)
+def test_a_room_is_not_longer_than_it_should_be(room, limits):
     found = {module: lines(module) for module in FILES if module.startswith(room) or room == "all"}
-    most = MOST[room]
+    most = limits[room]
     assert sum(found.values()) <= most, f"{sum(found.values())} lines, at most {most}: {found}"
 
 

@@ -22,6 +22,8 @@ from toy.encoder import LatentEncoderConfig
 PLAN = "text"  # the way text -> plan -> video
 ORACLE = "oracle"  # from the z_sem of the real clip, with its text
 ALONE = "oracle, no text"  # from that z_sem alone
+COPIED = ("vae", ALONE, "shuffled, no text")  # the last one: what is alike by chance
+GUIDED = ("base", "base, guidance 3")
 ABLE = 80.0  # percent, of what an experiment measures, that the whole method has to get right
 STEPS = {  # all step budgets, as shares of the preset's steps; 0: a single step
     "full": {},
@@ -82,7 +84,7 @@ def channels(config: Config, count: int | None, kind: str = "mlp") -> dict:
 def shifted(config: Config, count: int | None, kind: str = "mlp") -> dict:
     """Return the same, with the planner's time shifted by RAE's rule: by the root of the dimension.
 
-    That of the paper's plans would give 31, 5.6 and 2.0 at 2048, 64 and 8 channels. Here it is
+    That of the paper's plans would give 32, 5.6 and 2.0 at 2048, 64 and 8 channels. Here it is
     relative to the preset's channels, for which the preset's schedule was chosen.
     """
     parts = channels(config, count, kind)
@@ -132,17 +134,8 @@ BASE = Experiment(
     arms=(
         Arm("full", line="plan"),
         Arm("half", steps="half", line="plan"),
-        *(
-            Arm(f"base x {x:g}", ways=("base", "base, guidance 3"), compute=x, line="base")
-            for x in (1.0, 0.5, 2.0)
-        ),
-        Arm(
-            DEEPER,
-            ("latent.depth=4",),
-            ways=("base", "base, guidance 3"),
-            compute=1.0,
-            line="base, 4 blocks",
-        ),
+        *(Arm(f"base x {x:g}", ways=GUIDED, compute=x, line="base") for x in (1.0, 0.5, 2.0)),
+        Arm(DEEPER, ("latent.depth=4",), ways=GUIDED, compute=1.0, line="base, 4 blocks"),
     ),
     claims={
         "on a par at equal compute": "full - base x 1 | base > -5",
@@ -169,9 +162,7 @@ START = Experiment(
         Arm("scratch, full", ("start=scratch",), compute=1.0, line="scratch"),
         Arm("the base", ways=("base",), compute=1.0, line="the base"),
     ),
-    claims={
-        "better from the base, quarter of the steps": "base, quarter - scratch, quarter > 0",
-    },
+    claims={"better from the base, quarter of the steps": "base, quarter - scratch, quarter > 0"},
     asks={
         "better from the base, half of the steps": "base, half - scratch, half > 0",
         "the start gains more, at half of the steps, than the plan gains over the base": (
@@ -297,14 +288,7 @@ REFERENCE = Experiment(
     "less (Fig. 4).",
     able="8 | oracle, no text | layout",
     arms=tuple(
-        Arm(
-            str(count),
-            (),
-            "full",
-            ("vae", ALONE, "shuffled, no text"),  # the last one: what is alike by chance
-            partial(channels, count=count),
-        )
-        for count in (8, 64, 2)
+        Arm(str(count), (), "full", COPIED, partial(channels, count=count)) for count in (8, 64, 2)
     ),
     claims={
         "of what the VAE keeps, layout is kept better than texture": (
@@ -342,12 +326,7 @@ LIGHTNING = Experiment(
     "A low semantic rate loses fast events (Fig. 14, App. B.3).",
     able="8 fps | oracle, no text | flash",
     arms=tuple(
-        Arm(
-            f"{rate:g} fps",
-            ("data.flashes=true", f"data.semantic_fps={rate}"),
-            "full",
-            ("vae", ALONE, "shuffled, no text"),  # the last one: flashes by chance
-        )
+        Arm(f"{rate:g} fps", ("data.flashes=true", f"data.semantic_fps={rate}"), "full", COPIED)
         for rate in (2.0, 8.0, 4.0)
     ),
     claims={

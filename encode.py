@@ -77,15 +77,10 @@ def header_of(run: Run, folder: Path, dtype: str) -> dict:
     """Return the header of the cache that a run's parts make of a folder (`start_cache`)."""
     if untrained := [x for x in ("vae", "encoder") if not run.released(x) and not run.finished(x)]:
         raise UserError(f"{run.path} has no {untrained[0]} yet: train --stage {untrained[0]} first")
-    config = run.config
     return {
         "key": {**identity(run), "reader": READER, "stored": dtype},
-        "parts": {k: v for k, v in flat_fields(config).items() if k.split(".")[0] in PARTS},
-        "shapes": {
-            "latents": (2, config.vae.channels, *config.latent_grid()),
-            "features": (config.encoder.dim, *config.plan_grid()),
-            "text": (config.text.words, config.text.dim),
-        },
+        "parts": {k: v for k, v in flat_fields(run.config).items() if k.split(".")[0] in PARTS},
+        "shapes": run.config.encoded,
         "videos": [(f.relative_to(folder).as_posix(), text) for f, text in list_videos(folder)],
     }
 

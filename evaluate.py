@@ -142,7 +142,8 @@ def main():
     args = arguments()
     used = ("base",) if args.base else RECIPE[2:]
     run = open_run(args, ("vae", "encoder", *used))
-    _ = run.vae, run.encoder, run.base if args.base else (run.painter, run.planner)  # or say so now
+    _ = options_of(run, args.steps), run.vae, run.encoder  # or say so now
+    _ = run.base if args.base else (run.painter, run.planner)
     kind = (args.prompts, args.seed, args.long, frames_of(run, args.seconds))
     test, held_out = (Evaluation(run, split, *kind) for split in ("test", "held_out"))
     clips = max(getattr(run.config.stages, stage).clips for stage in used)

@@ -11,6 +11,7 @@ processes share the work: give the same command twice. A stage that arms have in
 once: remove `--runs` after changes of the code.
 """
 
+import argparse
 import json
 import platform
 import subprocess
@@ -18,8 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -35,7 +35,7 @@ from plumbing.cache import Memory, hash_of
 from plumbing.device import default_device, faster_dtype
 from plumbing.fields import add_set_flag, command_line, differences, flat_fields
 from plumbing.files import UserError, check_target, command, read_json, to_path, write_file
-from plumbing.folder import locked, versions
+from plumbing.folder import Busy, locked, versions
 from plumbing.page import animation
 from plumbing.seeds import Rows
 from run import FREE, Run
@@ -59,21 +59,6 @@ TOKENS = [2**k for k in range(12, 16)]  # of `cost`
 ROUNDS = 7
 
 
-class Busy(Exception):
-    """Another process is at work on this."""
-
-
-@contextmanager
-def alone(folder: Path):
-    """Keep other processes away from a folder; Busy if one is there."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder))
-        except UserError:
-            raise Busy from None
-        yield
-
-
 # --- training an arm ----------------------------------------------------------------------------
 
 
@@ -83,19 +68,10 @@ def stage_flops(config: Config, stage: str) -> int:
     chosen = getattr(config.stages, stage)
     source = World(config.data).shorter(chosen.pieces)
     if stage in USES:
-        empty = {
-            "latents": (2, config.vae.channels, *config.latent_grid()),
-            "features": (config.encoder.dim, *config.plan_grid()),
-            "text": (config.text.words, config.text.dim),
-        }
-        encode = {k: lambda i, shape=v: torch.zeros(len(i), *shape) for k, v in empty.items()}
+        shapes = config.encoded.items()
+        encode = {k: lambda i, shape=v: torch.zeros(len(i), *shape) for k, v in shapes}
         source = Memory(1, lambda indices: [""] * len(indices), encode)
     return step_flops(config, stage, source, Rows(range(chosen.batch), stage, 0)) * chosen.steps
-
-
-def recipe_flops(config: Config) -> int:
-    """Return those of the plan's side: encoder, painter, planner. The VAE is everybody's."""
-    return sum(stage_flops(config, stage) for stage in RECIPE[1:])
 
 
 def configured(arm: Arm, name: str, settings: Sequence[str]) -> Config:
@@ -108,7 +84,8 @@ def configured(arm: Arm, name: str, settings: Sequence[str]) -> Config:
     steps = {s: share * getattr(usual.stages, s).steps for s, share in STEPS[arm.steps].items()}
     if arm.compute:
         one = stage_flops(config, "base") / config.stages.base.steps
-        steps["base"] = arm.compute * recipe_flops(usual) / one
+        recipe = sum(stage_flops(usual, stage) for stage in RECIPE[1:])  # the VAE is everybody's
+        steps["base"] = arm.compute * recipe / one
     fewer = [f"stages.{stage}.steps={max(1, round(n))}" for stage, n in steps.items()]
     return override(config, fewer)
 
@@ -144,7 +121,7 @@ def trained(folder: Path, config: Config, stages: Sequence[str], seed: int, runs
             continue
         store = runs / "stages" / f"{stage}-{stage_key(config, stage, seed)}"
         kept, mine = store / "weights.safetensors", run.weights_file(stage)
-        with alone(store):
+        with locked(store):
             if not kept.exists():
                 train(run, [stage], World(run.config.data), seed)
                 write_file(kept, mine.read_bytes())
@@ -231,19 +208,6 @@ def measured_cost() -> dict[str, dict[str, list[float]]]:
 # --- results ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line says."""
-
-    seeds: int
-    prompts: int
-    preset: str | None
-    settings: Sequence[str]
-    arms: Sequence[str]
-    out: Path
-    runs: Path
-
-
 def json_lines(content: dict) -> bytes:
     """Return JSON with a line for each entry."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
@@ -262,7 +226,7 @@ def dtype_of(runs: Path) -> str:
 class Job:
     """An arm of an experiment with a seed: its configuration, and the file of its result."""
 
-    def __init__(self, experiment: Experiment, arm: Arm, seed: int, options: Options):
+    def __init__(self, experiment: Experiment, arm: Arm, seed: int, options: argparse.Namespace):
         self.experiment, self.arm, self.seed, self.options = experiment, arm, seed, options
         self.file = options.out / experiment.name / f"{slug(arm.name)}.{seed}.json"
         self.preset = options.preset or experiment.preset
@@ -292,7 +256,7 @@ def run_job(job: Job):
     """Train and score an arm, and write the result; Busy if another process does."""
     timed, arm, seed, runs = job.experiment.name == "cost", job.arm, job.seed, job.options.runs
     folder = runs / ("cost" if timed else hash_of([flat_fields(job.config), seed]))
-    with alone(folder):
+    with locked(folder):
         if job.done:
             return
         print(f"\n{job.experiment.name}: {arm.name}, seed {seed}")
@@ -332,7 +296,7 @@ def scored(run: Run, arm: Arm, prompts: int, seed: int, file: Path) -> dict:
 # --- the command --------------------------------------------------------------------------------
 
 
-def arguments() -> tuple[str, Options]:
+def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line(__doc__)
     names = [experiment.name for experiment in EXPERIMENTS]
@@ -348,11 +312,13 @@ def arguments() -> tuple[str, Options]:
     parser.add_argument("--out", type=to_path, default=Path("results"), help=out)
     runs = Path("runs/experiments")
     parser.add_argument("--runs", type=to_path, default=runs, help="where runs and stages go")
-    args = vars(parser.parse_args())
-    what, options = args.pop("what"), Options(**args)
+    options = parser.parse_args()
+    what = options.what
     single = len(what) == 1 and what[0] in ("list", "all", "report")
     if not single and (unknown := [name for name in what if name not in names]):
         raise UserError(f"{unknown[0]}: choose list, all, report, or some of {', '.join(names)}")
+    if (options.preset or options.settings) and {"all", "cost"} & set(what):
+        raise UserError("cost times tiny's painter: with --preset or --set name the others")
     if options.seeds < 1 or options.prompts < 2:
         raise UserError("--seeds: at least 1; --prompts: at least 2, one object and two")
     known = {arm.name for e in EXPERIMENTS if e.name in what or what == ["all"] for arm in e.arms}
@@ -360,10 +326,10 @@ def arguments() -> tuple[str, Options]:
         raise UserError(f"--arms {missing[0]}: choose from {', '.join(sorted(known)) or 'none'}")
     for folder in (options.out, options.runs):
         check_target(folder, folder=True)
-    return what, options
+    return options
 
 
-def run_all(experiments: Sequence[Experiment], options: Options):
+def run_all(experiments: Sequence[Experiment], options: argparse.Namespace):
     """Run what is missing, all arms of one seed before the next; what others run is waited for."""
     jobs = []
     for experiment in experiments:
@@ -386,7 +352,8 @@ def run_all(experiments: Sequence[Experiment], options: Options):
 
 def main():
     versions()  # the commit that runs, not one of later
-    what, options = arguments()
+    options = arguments()
+    what = options.what
     if what == ["report"]:
         report(options.out)
         return

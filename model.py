@@ -115,13 +115,13 @@ def grid_coords(
 ) -> Tensor:
     """Return (seconds, y, x) of every token's centre, (frames * height * width, 3); y, x in [0, 1].
 
-    So streams of any rates line up; after a VAE's latent of one frame alone, three frames late.
+    So streams of any rates line up; after Wan's first latent, of one frame, all are 3 frames late.
     """
     axes = [
         (torch.arange(count, device=device) + 0.5) / extent
         for count, extent in ((frames, rate), (height, height), (width, width))
     ]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    return torch.cartesian_prod(*axes)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -68,15 +68,9 @@ class Run:
         if (Path(path) / "config.json").exists():
             run = cls.open(path)
             new = config if config.dtype != "auto" else replace(config, dtype=run.config.dtype)
-            fixed = [
-                {
-                    name: value
-                    for name, value in flat_fields(x).items()
-                    if not name.startswith("sample.") and not name.endswith(FREE)
-                }
-                for x in (run.config, new)
-            ]
-            if changed := differences(*fixed):
+            changed = differences(flat_fields(run.config), flat_fields(new))
+            free = [x for x in changed if x.startswith("sample.") or x.split()[0].endswith(FREE)]
+            if changed := [x for x in changed if x not in free]:
                 raise UserError(
                     f"{path} was made with other settings ({', '.join(changed[:4])}): "
                     f"give another --out, or remove it"

@@ -253,16 +253,10 @@ class QwenVisionTower(nn.Module):
         Returns (P h w, 1176) patches of 14 x 14 pixels and 2 frames, in the tower's order (squares
         of 2 x 2 patches, which it merges, one after the other), and (P, 3) sizes (1, h, w).
         """
-        side = self.tower.patch_size
+        side, merged = self.tower.patch_size, self.tower.spatial_merge_size
         pixels = ((pairs + 1) / 2 - self.mean_rgb) / self.std_rgb
-        rows = rearrange(
-            pixels,
-            "n c t (h a p) (w b q) -> (n h w a b) (c t p q)",
-            p=side,
-            q=side,
-            a=self.tower.spatial_merge_size,
-            b=self.tower.spatial_merge_size,
-        )
+        sizes = {"a": merged, "b": merged, "p": side, "q": side}
+        rows = rearrange(pixels, "n c t (h a p) (w b q) -> (n h w a b) (c t p q)", **sizes)
         size = (1, pairs.shape[-2] // side, pairs.shape[-1] // side)
         return rows, torch.tensor([size] * len(pairs), device=rows.device)
 

@@ -163,6 +163,15 @@ class Config:
         """Return how many tokens its plan is."""
         return math.prod(self.plan_grid(frames))
 
+    @property
+    def encoded(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of an encoded clip; of its latents there are mean and log-variance."""
+        return {
+            "latents": (2, self.vae.channels, *self.latent_grid()),
+            "features": (self.encoder.dim, *self.plan_grid()),
+            "text": (self.text.words, self.text.dim),
+        }
+
 
 def check_number(name: str, value: float, shown: str | None = None):
     """Raise UserError if a field's number is out of its range; shown: as the user wrote it."""

@@ -63,6 +63,7 @@ class WanVAEConfig:
     space_patch: int = 8
     dtype: str = "float32"  # of its weights in memory
     tile: int | None = None  # pixels: larger frames are coded in tiles of this side, blended
+    first = 1  # frames at the start that are a latent frame by themselves; not a field
 
     def __post_init__(self):
         patch = self.space_patch
@@ -70,11 +71,6 @@ class WanVAEConfig:
             raise ValueError(
                 f"tile {self.tile}: must be a multiple of {patch}, at least {2 * patch}"
             )
-
-    @property
-    def first(self) -> int:
-        """Frames at the start that are a latent frame by themselves."""
-        return 1
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return (T, h, w); ValueError names the sizes that fit (Wan's own code drops the rest)."""
@@ -119,8 +115,8 @@ def describe_vae(weights: str) -> WanVAEConfig:
 class WanVAE(nn.Module):
     """The VAE of Wan2.1 through diffusers (extra `wan`): 16 channels, 4 x 8 x 8, causal in time.
 
-    The first frame is a latent frame by itself, hence 4k + 1 frames. It codes four frames after the
-    other, so that the memory of its layers does not grow with a video's length; `tile` bounds it
+    The first frame is a latent frame by itself, hence 4k + 1 frames. It codes four frames at a
+    time, so that the memory of its layers does not grow with a video's length; `tile` bounds it
     over height and width.
     """
 

@@ -2,7 +2,7 @@
 
 SemanticGen Sec. 3.1 to 3.3: both stages are fine-tuned from a pre-trained text-to-video model. The
 paper's is not public; Wan2.1's is. diffusers (extra `wan`) has its blocks, which are not those of
-App. A: there is no spatial attention, and time shifts, scales and gates. Ours are the streams,
+App. A: they have no spatial attention, and shifts, scales and gates from t. Ours are the streams,
 their positions, the windows, and the choice of what is trained. `WanDiT` is called as model.py's
 DiT is.
 
@@ -30,6 +30,15 @@ from plumbing.weights import digest, fill, loading, locate, read_settings, size,
 TRAINED = ("lora", "attention", "all")
 LORA = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # all but norms, ends
 ENDS = ("wan.patch_embedding.", "wan.proj_out.")  # the projections in and out
+SIZES = {  # fields of WanConfig -> diffusers' names of them, and its defaults
+    "channels": ("in_channels", 16),
+    "text_dim": ("text_dim", 4096),
+    "heads": ("num_attention_heads", 40),
+    "head_width": ("attention_head_dim", 128),
+    "depth": ("num_layers", 40),
+    "ffn": ("ffn_dim", 13824),
+    "waves": ("freq_dim", 256),
+}
 USUAL = {  # settings that Wan's text-to-video models share, and that are read nowhere else
     **{"patch_size": [1, 2, 2], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"},
     **{"eps": 1e-6, "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None},
@@ -120,16 +129,7 @@ def describe_transformer(weights: str) -> WanConfig:
     odd = [name for name, usual in USUAL.items() if settings.get(name, usual) != usual]
     if odd:
         raise UserError(f"{weights}: {odd[0]} is {settings[odd[0]]!r}: no text-to-video model here")
-    known = {
-        "channels": ("in_channels", 16),
-        "text_dim": ("text_dim", 4096),
-        "heads": ("num_attention_heads", 40),
-        "head_width": ("attention_head_dim", 128),
-        "depth": ("num_layers", 40),
-        "ffn": ("ffn_dim", 13824),
-        "waves": ("freq_dim", 256),
-    }
-    sizes = {mine: size(weights, settings, x, default=d) for mine, (x, d) in known.items()}
+    sizes = {mine: size(weights, settings, x, default=d) for mine, (x, d) in SIZES.items()}
     files = {locate(weights, name), *tensors.values()}
     return WanConfig(weights, digest(files), **sizes)
 
@@ -141,17 +141,9 @@ def build_transformer(config: WanConfig) -> nn.Module:
     """
     diffusers = require("diffusers", "wan")
     empty = torch.get_default_device().type == "meta"
+    sizes = {its: getattr(config, mine) for mine, (its, _) in SIZES.items()}
     with torch.device("meta") if config.weights else contextlib.nullcontext():
-        model = diffusers.WanTransformer3DModel(
-            num_attention_heads=config.heads,
-            attention_head_dim=config.head_width,
-            in_channels=config.channels,
-            out_channels=config.channels,
-            text_dim=config.text_dim,
-            freq_dim=config.waves,
-            ffn_dim=config.ffn,
-            num_layers=config.depth,
-        )
+        model = diffusers.WanTransformer3DModel(out_channels=config.channels, **sizes)
     model.rope = nn.Identity()  # positions are ours
     if config.weights and not empty:
         with loading(config.weights, "Wan's transformer"):

@@ -4,7 +4,7 @@
     python benchmarks/finetune.py --seeds 0 --steps 2500 900 600 --prompts 512
 
 For each seed: the transformer learns text to video from nothing (stage `base`) and is written as a
-released one. From it start, by --dit, painter and planner, and Base-CT (Table 2): the same model
+released one. From it start, by --dit, painter and planner, and Base-CT (Table 1): the same model
 trained on without a plan, for as many steps as take as long as painter and planner together. A
 command that was stopped goes on. VAE and encoder are not counted: a real run takes them released.
 Scores are those of evaluate.py, beside it the seconds of each stage, in OUT/SEED/scores.json; a

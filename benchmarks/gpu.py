@@ -100,12 +100,8 @@ def sizes(toy: bool, of: Config, *settings: str) -> Config:
 
 def random_clips(config: Config, clips: int = 16) -> Memory:
     """Return encoded clips of a configuration's shapes, of random numbers."""
-    shapes = {
-        "latents": (2, config.vae.channels, *config.latent_grid()),
-        "features": (config.encoder.dim, *config.plan_grid()),
-        "text": (config.text.words, config.text.dim),
-    }
-    draw = {k: lambda at, shape=shape: torch.randn(len(at), *shape) for k, shape in shapes.items()}
+    shapes = config.encoded.items()
+    draw = {k: lambda at, shape=shape: torch.randn(len(at), *shape) for k, shape in shapes}
     return Memory(clips, lambda at: [""] * len(at), draw)
 
 
@@ -234,13 +230,8 @@ def busy_seconds(spans: list[tuple[float, float]]) -> float:
 
 def loop(device: torch.device, toy: bool) -> Found:
     """The device in the loop of train.py: is there always something for it to do?"""
-    kind = (
-        torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
-    )
-    names = {
-        "cuda": torch.profiler.ProfilerActivity.CUDA,
-        "cpu": torch.profiler.ProfilerActivity.CPU,
-    }
+    kind = getattr(torch.autograd.DeviceType, device.type.upper())
+    activity = getattr(torch.profiler.ProfilerActivity, device.type.upper())
     config, count = sizes(toy, small()), 2 if toy else 10  # steps that are watched
     for stage in ("vae", "encoder", "latent"):
         run = Run(Path("none"), config, device)
@@ -248,7 +239,7 @@ def loop(device: torch.device, toy: bool) -> Found:
         progress, steps, _ = started(run, stage, source)
         for number, batch in enumerate(islice(steps, 5 * count)):
             if number == 4 * count:  # those that were drawn before the first step are used up
-                profiler = torch.profiler.profile(activities=[names[device.type]])
+                profiler = torch.profiler.profile(activities=[activity])
                 profiler.start()
                 wait(device)
                 start = time.perf_counter()

@@ -35,7 +35,7 @@ from flow import flow_loss
 from model import DiT
 from plumbing.device import default_device
 from plumbing.fields import command_line
-from plumbing.files import UserError, check_target, command, keep_freed_memory, write_file
+from plumbing.files import UserError, check_target, command, keep_freed_memory, replacing
 from plumbing.video import write_video
 from swin import Stream, fitting_window, windows
 from toy.vae import TinyVAE
@@ -184,23 +184,18 @@ def table(found: dict[str, list]) -> str:
 
 def plot(found: dict[str, list], path: Path):
     """Draw time and memory against tokens."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from io import BytesIO
-
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    panels = figure.subplots(1, 2)
     for panel, column, label in zip(panels, (1, 2), ("seconds", "peak bytes"), strict=True):
         for name, rows in found.items():
             panel.plot([r[0] for r in rows], [r[column] for r in rows], "o-", label=name)
         panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         panel.grid(alpha=0.3)
     panels[0].legend()
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write_file(path, buffer.getvalue())
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def minute(window: float = 5.0) -> str:

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from io import BytesIO
 from itertools import product
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from model import DiT
 from optim import build_optimizers
 from plumbing.device import computing, count_flops, default_device, moved
 from plumbing.fields import command_line
-from plumbing.files import UserError, check_target, command, require, write_file
+from plumbing.files import UserError, check_target, command, replacing, require
 from stages import set_up
 
 WINDOW = 2.0  # seconds, on long clips
@@ -319,14 +318,13 @@ def table(case: Case, rows: list[dict]) -> str:
 
 def plot(rows: list[dict], path: Path):
     """Draw the shares of the peak, a panel for each length of clips."""
-    require("matplotlib", "plot").use("agg")
-    from matplotlib import pyplot
+    require("matplotlib", "plot")
+    from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["network"] for row in rows))
     clips = list(dict.fromkeys(row["length"] for row in rows))
-    figure, panels = pyplot.subplots(
-        len(clips), 1, figsize=(9, 3.2 * len(clips)), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(9, 3.2 * len(clips)), layout="constrained")
+    panels = figure.subplots(len(clips), 1, squeeze=False)
     for panel, clip in zip(panels[:, 0], clips, strict=True):
         mine = [row for row in rows if row["length"] == clip]
         cases = list(dict.fromkeys((row["width"], row["dtype"]) for row in mine))
@@ -338,10 +336,8 @@ def plot(rows: list[dict], path: Path):
         panel.set(ylabel="step, % of the matmul peak", title=f"clips of {clip} s")
         panel.grid(axis="y", alpha=0.3)
     panels[0, 0].legend(fontsize=7)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    pyplot.close(figure)
-    write_file(path, buffer.getvalue())
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def arguments() -> argparse.Namespace:

@@ -105,13 +105,11 @@ def command_line(told: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=told, formatter_class=layout)
 
 
-SET = "fields of the preset: those that a run's config.json lists"
-
-
 def add_set_flag(parser: argparse.ArgumentParser):
     """Add --set FIELD=VALUE ..., which may be given more than once."""
+    told = "fields of the preset: those that a run's config.json lists"
     more = {"action": "extend", "nargs": "+", "default": []}
-    parser.add_argument("--set", metavar="FIELD=VALUE", dest="settings", help=SET, **more)
+    parser.add_argument("--set", metavar="FIELD=VALUE", dest="settings", help=told, **more)
 
 
 def find_field(name: str, values: Mapping) -> str:

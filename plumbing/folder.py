@@ -135,11 +135,15 @@ def misfit(error: Exception) -> str:
 # --- one process at a time ----------------------------------------------------------------------
 
 
+class Busy(UserError):
+    """Another process is at work in a folder."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path):
     """Keep other processes from training in a folder; a killed process keeps nobody out.
 
-    UserError names the process that is there already.
+    Busy names the process that is there already.
     """
     path, missing = folder / ".lock", [x for x in (folder, *folder.parents) if not x.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +156,7 @@ def locked(folder: Path):
             except OSError:
                 file.seek(0)
                 other = file.read().decode() or "unknown"
-                raise UserError(
+                raise Busy(
                     f"{folder}: process {other} is training there; wait for it, or give another "
                     "--out"
                 ) from None

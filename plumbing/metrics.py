@@ -1,6 +1,5 @@
 """What training says and writes as it goes: a progress bar, metrics.jsonl, the curves of it."""
 
-import io
 import json
 import math
 import time
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.files import UserError, naming, write_file
+from plumbing.files import UserError, naming, replacing, write_file
 from plumbing.processes import Team
 from plumbing.progress import Progress
 
@@ -56,27 +55,21 @@ class Metrics:
         if not lines:
             return
         try:
-            import matplotlib
+            from matplotlib.figure import Figure
         except ImportError:
             print('no loss.png: pip install "semanticgen[plot]" for the curves')
             return
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-
         stages = list(dict.fromkeys(line["stage"] for line in lines))  # in the order of training
-        figure, panels = pyplot.subplots(
-            1, len(stages), figsize=(4 * len(stages), 3), squeeze=False, layout="constrained"
-        )
+        figure = Figure(figsize=(4 * len(stages), 3), layout="constrained")
+        panels = figure.subplots(1, len(stages), squeeze=False)
         for panel, stage in zip(panels[0], stages, strict=True):
             mine = [x for x in lines if x["stage"] == stage]
             dots = "." if len(mine) == 1 else ""  # one point makes no line
             losses = [x.get("loss", math.nan) for x in mine]
             panel.plot([x["step"] for x in mine], losses, marker=dots)
             panel.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        pyplot.close(figure)
-        write_file(self.path.with_name("loss.png"), buffer.getvalue())
+        with replacing(self.path.with_name("loss.png")) as file:
+            figure.savefig(file, format="png", dpi=100)
 
 
 def read_metrics(path: Path, text: str) -> list[dict]:

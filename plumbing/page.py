@@ -44,17 +44,15 @@ def plot(rows: Sequence[dict], shows: Sequence[str], cost: str) -> bytes:
     rows: "label" and "scores" {name: "mean", "low", "high", "seeds"}; for curves also "line", "way"
     and what is called `cost`.
     """
-    matplotlib = require("matplotlib", "plot")
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    require("matplotlib", "plot")
+    from matplotlib.figure import Figure
 
     curved = any(row["line"] for row in rows)
     columns, size = len(shows), (2.5 + 2 * len(shows), 1 + 0.3 * len(rows))
     if curved:
         columns, size = 1, (6, 4)
-    figure, panels = pyplot.subplots(
-        1, columns, figsize=size, squeeze=False, sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, columns, squeeze=False, sharey=True)
     if curved:
         draw_curves(panels[0, 0], rows, shows[0], cost)
     else:
@@ -64,7 +62,6 @@ def plot(rows: Sequence[dict], shows: Sequence[str], cost: str) -> bytes:
         panels[0, 0].set_ylim(len(rows) - 0.5, -0.5)  # the first on top
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80)
-    pyplot.close(figure)
     return buffer.getvalue()
 
 

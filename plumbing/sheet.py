@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from plumbing.files import write_file
+from plumbing.files import replacing
 
 
 def shown_frames(frames: int) -> list[int]:
@@ -53,7 +52,6 @@ def contact_sheet(videos: Tensor, labels: Sequence[str], path: Path | None = Non
             sheet.paste(picture, (gap + column * (W + gap), y))
         y += H + 2 * gap
     if path is not None:
-        buffer = BytesIO()
-        sheet.save(buffer, "png")
-        write_file(path, buffer.getvalue())
+        with replacing(path) as file:
+            sheet.save(file, "png")
     return sheet

@@ -6,7 +6,7 @@ video too. All three yield frames in one form: until when one is on screen, and 
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from fractions import Fraction
 from functools import partial
@@ -86,9 +86,7 @@ def natural(path: Path) -> tuple:
 # --- what is on screen at a time ----------------------------------------------------------------
 
 
-def without_long_stills(
-    frames: Iterable[tuple[float, Picture]],
-) -> Iterator[tuple[float, Picture]]:
+def without_long_stills(frames: Iterable[tuple[float, Picture]]) -> Iterator[tuple[float, Picture]]:
     """Cut what is on screen for longer than STILL to it.
 
     Nothing happens in what is left out, and however long a file says that a frame stays, its clips
@@ -148,11 +146,6 @@ def fit(image: Image.Image, height: int, width: int) -> Tensor:
     return torch.from_numpy(rearrange(np.array(image), "h w c -> c h w"))
 
 
-def read_video(path: Path, times: Sequence[float], height: int, width: int, fps=8.0) -> Tensor:
-    """Return the frames on screen at ascending times, (3, len(times), H, W) uint8 (`frames_at`)."""
-    return torch.stack([fit(x, height, width) for x, _ in frames_at(Path(path), times, fps)], 1)
-
-
 def enlarge(video: Tensor, least: int = 256) -> Tensor:
     """Repeat the pixels of a small video (3, F, H, W) a whole number of times, to be seen."""
     factor = max(1, least // video.shape[-2])
@@ -207,11 +200,6 @@ def write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float):
                 stream.colorspace = stream.color_primaries = stream.color_trc = 1  # BT.709
                 stream.color_range = 1  # limited
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]))
-            file.mux(
-                stream.encode(
-                    frame.reformat(
-                        format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
-                    )
-                )
-            )
+            colours = {"dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
+            file.mux(stream.encode(frame.reformat(format="yuv420p", **colours)))
         file.mux(stream.encode())

@@ -147,9 +147,7 @@ def tensor_names(file: Path) -> list[str]:
 def read_tensor(file: Path, name: str) -> Tensor:
     """Return one tensor of a safetensors file, mapped: its memory is read when it is used."""
     try:
-        with safetensors.safe_open(
-            file, "pt"
-        ) as content:  # anew each time: what was read is let go
+        with safetensors.safe_open(file, "pt") as content:  # anew each time: what is read is let go
             return content.get_tensor(name)
     except safetensors.SafetensorError as error:
         raise UserError(f"{file}: {name} cannot be read: {error}") from None

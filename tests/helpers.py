@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from plumbing.video import fit, frames_at
+
 
 def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> Tensor:
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
@@ -21,6 +23,11 @@ def seeded(build, *args, seed: int = 0, shake: float = 0.1) -> nn.Module:
     for i, parameter in enumerate(module.parameters()):
         parameter.data += shake * randn(*parameter.shape, seed=seed + i)
     return module
+
+
+def read_video(path: Path, times: list[float], height: int, width: int, fps=8.0) -> Tensor:
+    """Return the frames on screen at ascending times, (3, len(times), H, W) uint8 (`frames_at`)."""
+    return torch.stack([fit(x, height, width) for x, _ in frames_at(path, times, fps)], 1)
 
 
 def assert_close(actual: Tensor, expected: Tensor | float, tolerance: float = 1e-5):

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tree
+from helpers import read_video, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -45,7 +45,6 @@ from plumbing.fields import field_types, flat_fields
 from plumbing.files import UserError, one_line
 from plumbing.metrics import Metrics
 from plumbing.sheet import contact_sheet
-from plumbing.video import read_video
 from run import Run
 from settings import Config
 from stages import ORDER

@@ -12,6 +12,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from helpers import read_video
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +21,6 @@ import prepare
 from data import DataConfig, Folder, list_videos, reference_clip
 from plumbing.files import UserError
 from plumbing.sheet import contact_sheet
-from plumbing.video import read_video
 from toy.world import World
 
 CONFIG = DataConfig()

@@ -24,8 +24,9 @@ from conclusions import bootstrap, conclude, judge, line_of, read_results, slug,
 from config import tiny
 from data import DataConfig
 from evaluate import PLANS
-from experiments import Busy, alone, configured, stage_flops, stage_key, stages_of
+from experiments import configured, stage_flops, stage_key, stages_of
 from plumbing.files import read_json
+from plumbing.folder import Busy, locked
 from settings import override
 from toy.scores import LONG_SCORES, SCORES
 from toy.world import World
@@ -349,10 +350,11 @@ def test_a_second_call_runs_what_is_missing_and_nothing_else(made, tmp_path, mon
 def test_what_another_process_runs_is_left_to_it(tmp_path, monkeypatch):
     """The job is put back, and found done when the other one is."""
     (arm,) = (arm for arm in BY_NAME["noise"].arms if arm.name == "tau 0")
-    options = experiments.Options(1, 4, None, MICRO, (), tmp_path / "results", tmp_path / "runs")
+    folders = {"out": tmp_path / "results", "runs": tmp_path / "runs"}
+    options = SimpleNamespace(seeds=1, prompts=4, preset=None, settings=MICRO, arms=(), **folders)
     job = experiments.Job(BY_NAME["noise"], arm, 0, options)
     stage = tmp_path / "runs" / "stages" / f"vae-{stage_key(job.config, 'vae', 0)}"
-    with alone(stage), pytest.raises(Busy):
+    with locked(stage), pytest.raises(Busy):
         experiments.run_job(job)
     assert not job.done
 
@@ -363,7 +365,7 @@ def test_what_another_process_runs_is_left_to_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiments.time, "sleep", finish)
     options = options.__class__(**{**vars(options), "arms": ["tau 0"]})
-    with alone(stage):
+    with locked(stage):
         experiments.run_all([BY_NAME["noise"]], options)
     assert job.done
 
@@ -371,6 +373,8 @@ def test_what_another_process_runs_is_left_to_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["cost", "--preset", "small"], "cost times tiny's painter"),
+        (["all", "--set", "data.count=9"], "cost times tiny's painter"),
         (["speed"], "speed: choose list, all, report, or some of plan"),
         (["list", "plan"], "list: choose"),
         (["plan", "--arms", "tau 0"], "--arms tau 0: choose from full"),

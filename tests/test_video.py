@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import read_video
 from PIL import Image
 
 import plumbing.film as film
 from plumbing.files import UserError
-from plumbing.video import fit, frames_at, read_video, write_video
+from plumbing.video import fit, frames_at, write_video
 
 av = pytest.importorskip("av")
 TV, FULL = 1, 2  # ranges, as ffmpeg numbers them

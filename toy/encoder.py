@@ -99,8 +99,8 @@ class TinyEncoder(nn.Module):
             (torch.arange(height, device=self.waves.device) + 0.5) / height,
             (torch.arange(width, device=self.waves.device) + 0.5) / width,
         )
-        coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3, 1)
-        angles = 2 * torch.pi * coords * self.waves  # (S hs ws, 3, waves)
+        coords = torch.cartesian_prod(*axes)  # (S hs ws, 3)
+        angles = 2 * torch.pi * coords[..., None] * self.waves  # (S hs ws, 3, waves)
         return torch.cat([angles.cos(), angles.sin()], -1).flatten(1)
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ LONG_SCORES = {  # of clips with several events, --long
     **{name: SCORES[name] for name in VIEWS},
 }
 DRIFT = ("colour", "shape", *VIEWS)  # scores whose drift is told
-FLASHED = 32  # grey levels of a frame above the median frame; the world's flashes are 60 at least
+FLASHED = 32  # grey levels of a frame above the median frame; the world's flashes are 58 at least
 ENDS = 0.15  # of a clip, its first and its last part: drift is by how much their scores differ
 
 

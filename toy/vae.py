@@ -27,11 +27,7 @@ class TinyVAEConfig:
     kl_weight: float = 1e-3  # per latent element, against the mean of L1 + L2 per pixel
     span: int | None = None  # latent frames coded together, longer videos in chunks; None = all
     white: int = 2  # latents are whitened in squares of so many positions a side
-
-    @property
-    def first(self) -> int:
-        """Frames at the start that are a latent frame by themselves."""
-        return 0
+    first = 0  # frames at the start that are a latent frame by themselves; not a field
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return (T, h, w); ValueError names the multiples that fit."""
@@ -84,12 +80,9 @@ class TinyVAE(nn.Module):
     def reconstruct(self, raw: Tensor) -> Tensor:
         """Decode raw latents (B, C, T, h, w) -> video (B, 3, F, H, W), not clamped."""
         time, space = self.config.time_patch, self.config.space_patch
+        patches = torch.cat([self.decoder(x) for x in self._chunks(raw)], 2)
         return rearrange(
-            torch.cat([self.decoder(x) for x in self._chunks(raw)], 2),
-            "b (c r p q) t h w -> b c (t r) (h p) (w q)",
-            r=time,
-            p=space,
-            q=space,
+            patches, "b (c r p q) t h w -> b c (t r) (h p) (w q)", r=time, p=space, q=space
         )
 
     def loss(self, video: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -101,8 +101,8 @@ def data_note(dataset) -> dict[str, str]:
 def check_origin(run, stage: str, data: dict[str, str], seed: int, state: dict | None):
     """Raise UserError if a stage that was begun cannot go on as the command says.
 
-    It cannot with other weights than it was begun on, with other data, with another seed, or
-    without its state.
+    It cannot with other weights than it was begun on, with data of another place and another list
+    of videos and captions, with another seed, or without its state.
     """
     for begun in (run.note(stage), state or {}):
         check_chain(run, stage, begun.get("made_of", {}))

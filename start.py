@@ -9,8 +9,8 @@ from nothing in Fig. 9. Here all three starts:
 | `--start base`        | the run's own trained base, the text-to-video model of the miniature    |
 | `--dit WEIGHTS`       | Wan's released transformer (wan.py); the base, too: that is Base-CT     |
 
-What the network does not have that is started from, such as the painter's projection of z_sem,
-begins as it does from scratch; so do the planner's projections in and out, of another space.
+What the network that is started from lacks, such as the painter's projection of z_sem, begins as
+from scratch; so do the planner's projections in and out, of another space.
 """
 
 import torch

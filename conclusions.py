@@ -225,7 +225,7 @@ def section(experiment: Experiment, c: dict, out: Path) -> dict:
     rows = [{**row, "label": f"{row['arm']}: {row['way']}"} for row in c["rows"]]
     folder, notes = out / experiment.name, out / experiment.name / "notes.md"
     files = {x["label"]: folder / "samples" / f"{slug(x['arm'], x['way'])}.webp" for x in rows}
-    write_file(folder / "plot.png", plot(rows, experiment.shows, "TFLOP"))
+    plot(folder / "plot.png", rows, experiment.shows, "TFLOP")
     least, most = c["seeds"]
     seeds = f"{most}" if least == most else f"{least} to {most}"
     where = f"seeds: {seeds}; prompts: {c['prompts']}; preset {c['preset']}"

@@ -288,7 +288,7 @@ def scored(run: Run, arm: Arm, prompts: int, seed: int, file: Path) -> dict:
         content["scores"][way] = seen(test, videos, way)
         if seed == 0:
             samples = file.parent / "samples" / f"{slug(arm.name, way)}.webp"
-            write_file(samples, animation(videos[:SHOWN], run.config.data.fps))
+            animation(samples, videos[:SHOWN], run.config.data.fps)
     run.let_go()
     return content
 

@@ -315,7 +315,7 @@ def configured(args: argparse.Namespace, cache: Cache | None) -> Config:
     parts = {}
     if (args.out / "config.json").exists():
         old = Run.open(args.out)
-        parts = old.released_parts
+        parts = old.released_parts if args.preset in (None, old.config.preset) else {}
     if cache:
         parts |= cache_parts(cache)
     settings = list(args.settings)

@@ -34,8 +34,7 @@ STAGES = ("base", "latent", "semantic")
 
 def seconds(run: Run, stage: str) -> float:
     """Return how long a stage took, of metrics.jsonl."""
-    file = run.path / "metrics.jsonl"
-    lines = read_metrics(file, file.read_text())
+    lines = read_metrics(run.path / "metrics.jsonl")
     return max(line["seconds"] for line in lines if line["stage"] == stage)
 
 

@@ -111,7 +111,7 @@ def spare_processes(most: int, size: int = 0) -> int:
     They are copies of this one and hand over what they have made in shared memory, two batches of
     `size` bytes each at a time; where it is small, as a container's is, a line says so.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or not os.path.exists("/dev/shm"):
         return 0
     share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of the machine, under torchrun
     free, needed = shutil.disk_usage("/dev/shm").free, max(2**30, 2 * share * size)

@@ -66,13 +66,9 @@ def check_types(kind: type, values: Mapping):
     """Raise UserError if a flat field has another type than it declares."""
     for name, hint in field_types(kind, values).items():
         kinds = typing.get_args(hint) or (hint,)
-        value = values.get(name)
-        if (
-            name in values
-            and type(value) not in kinds
-            and not (float in kinds and type(value) is int)
-        ):
-            raise UserError(f"{name}={value!r}: expected {kinds[0].__name__}")
+        fits = (*kinds, int) if float in kinds else kinds
+        if name in values and type(values[name]) not in fits:
+            raise UserError(f"{name}={values[name]!r}: expected {kinds[0].__name__}")
 
 
 def build(kind: type, values: Mapping, prefix: str = ""):

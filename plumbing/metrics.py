@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.files import UserError, naming, replacing, write_file
+from plumbing.files import UserError, naming, replacing, update_file
 from plumbing.processes import Team
 from plumbing.progress import Progress
 
@@ -19,17 +19,10 @@ class Metrics:
     def __init__(self, folder: Path, stage: str, step: int, board=None):
         """step: what training goes on from. board: a SummaryWriter of TensorBoard, if asked for."""
         self.path, self.stage, self.board = folder / "metrics.jsonl", stage, board
-        text = self.text()
-        whole = text[: text.rfind("\n") + 1]  # a killed run may leave half a line
-        lines = read_metrics(self.path, whole)
         # Lines after the state that training goes on from will be written again.
-        kept = [x for x in lines if x["stage"] != stage or x["step"] <= step]
-        if kept != lines or whole != text:
-            write_file(self.path, "".join(json.dumps(x) + "\n" for x in kept).encode())
-
-    def text(self) -> str:
-        """Return what is logged so far; damaged characters are replaced."""
-        return self.path.read_text("utf-8", "replace") if self.path.exists() else ""
+        kept = [x for x in read_metrics(self.path) if x["stage"] != stage or x["step"] <= step]
+        if self.path.exists():
+            update_file(self.path, "".join(json.dumps(x) + "\n" for x in kept).encode())
 
     def write(self, step: int, logs: Sequence[dict], now: dict, clock: dict) -> dict:
         """Append a line: means of what several steps logged, values of this moment, and timings."""
@@ -51,8 +44,7 @@ class Metrics:
 
     def plot(self):
         """Draw loss.png, a panel for each stage, if matplotlib is there."""
-        lines = read_metrics(self.path, self.text())
-        if not lines:
+        if not (lines := read_metrics(self.path)):
             return
         try:
             from matplotlib.figure import Figure
@@ -72,10 +64,10 @@ class Metrics:
             figure.savefig(file, format="png", dpi=100)
 
 
-def read_metrics(path: Path, text: str) -> list[dict]:
-    """Return the lines of a metrics.jsonl; UserError if one is not of ours."""
-    lines = []
-    for number, line in enumerate(text.split("\n"), 1):
+def read_metrics(path: Path) -> list[dict]:
+    """Return the lines of a metrics.jsonl, if it is there; UserError if one is not of ours."""
+    lines, text = [], path.read_text("utf-8", "replace") if path.exists() else ""
+    for number, line in enumerate(text.split("\n")[:-1], 1):  # a killed run may leave half a line
         if not line:
             continue
         try:

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from plumbing.files import require
+from plumbing.files import replacing, require
 
 STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -23,23 +22,22 @@ img { max-width: 100% }
 """
 
 
-def animation(videos: Tensor, fps: float) -> bytes:
-    """Return videos (B, 3, F, H, W) uint8 side by side as one animated .webp."""
+def animation(path: Path, videos: Tensor, fps: float):
+    """Write videos (B, 3, F, H, W) uint8 side by side as one animated .webp."""
     frames = rearrange(videos, "b c f h w -> f h b w c").numpy()
     gap = np.full((*frames.shape[:3], 2, 3), 255, np.uint8)
     pictures = [
         Image.fromarray(picture)
         for picture in rearrange(np.concatenate([frames, gap], 3), "f h b w c -> f h (b w) c")
     ]
-    buffer = io.BytesIO()
     options = {"save_all": True, "append_images": pictures[1:], "duration": round(1000 / fps)}
     options |= {"quality": 90, "method": 6}  # lossless ones are seven times as large
-    pictures[0].save(buffer, "webp", loop=0, **options)
-    return buffer.getvalue()
+    with replacing(path) as file:
+        pictures[0].save(file, "webp", loop=0, **options)
 
 
-def plot(rows: Sequence[dict], shows: Sequence[str], cost: str) -> bytes:
-    """Return a PNG: the scores of each row; or, of rows with a line, curves of the first score.
+def plot(path: Path, rows: Sequence[dict], shows: Sequence[str], cost: str):
+    """Write a PNG: the scores of each row; or, of rows with a line, curves of the first score.
 
     rows: "label" and "scores" {name: "mean", "low", "high", "seeds"}; for curves also "line", "way"
     and what is called `cost`.
@@ -60,9 +58,8 @@ def plot(rows: Sequence[dict], shows: Sequence[str], cost: str) -> bytes:
             draw_dots(panel, rows, name)
         panels[0, 0].set_yticks(range(len(rows)), [row["label"] for row in rows])
         panels[0, 0].set_ylim(len(rows) - 0.5, -0.5)  # the first on top
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
-    return buffer.getvalue()
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=80)
 
 
 def draw_dots(panel, rows: Sequence[dict], name: str):

@@ -45,7 +45,6 @@ class Team:
         self.shard = shard
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if (shard or self.size > 1) and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -61,7 +60,7 @@ class Team:
     def device(self, device: torch.device) -> torch.device:
         """Return this process's own device of a kind, and make it the usual one."""
         if device.type == "cuda":
-            device = torch.device("cuda", self.local_rank)
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         return device
 

@@ -1,6 +1,7 @@
 """Where a stage of training is, and what it has by then: all that a training state holds."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,27 +18,24 @@ PATIENCE = 5  # steps in a row that may be skipped for a loss or gradient that i
 KEPT = ("step", "bad", "seconds", "seed", "of", "pending", "data", "made_of")
 
 
+@dataclass(eq=False)
 class Progress:
     """A stage in training."""
 
-    def __init__(
-        self,
-        stage: str,
-        modules: nn.ModuleDict,  # what learns
-        wrapped: nn.Module,  # the same, shared among processes
-        optimizers: list[torch.optim.Optimizer],
-        seed: int,
-        of: int,  # the steps it is to have
-        clips: int,  # of which it draws
-        data: dict,  # what they are
-        made_of: dict,  # the weights it is trained on
-    ):
-        self.stage, self.modules, self.wrapped = stage, modules, wrapped
-        self.optimizers, self.seed, self.of = optimizers, seed, of
-        self.clips, self.data, self.made_of = clips, data, made_of
-        frozen = {name for name, p in modules.named_parameters() if not p.requires_grad}
-        self.ema = {n: x.clone() for n, x in modules.state_dict().items() if n not in frozen}
-        self.parameters = [p for p in modules.parameters() if p.requires_grad]
+    stage: str
+    modules: nn.ModuleDict  # what learns
+    wrapped: nn.Module  # the same, shared among processes
+    optimizers: list[torch.optim.Optimizer]
+    seed: int
+    of: int  # the steps it is to have
+    clips: int  # of which it draws
+    data: dict  # what they are
+    made_of: dict  # the weights it is trained on
+
+    def __post_init__(self):
+        frozen = {name for name, p in self.modules.named_parameters() if not p.requires_grad}
+        self.ema = {n: x.clone() for n, x in self.modules.state_dict().items() if n not in frozen}
+        self.parameters = [p for p in self.modules.parameters() if p.requires_grad]
         self.step = self.bad = 0  # steps done; of these the last so many were skipped
         self.seconds = 0.0  # of training, over all sittings
         self.pending: list[dict] = []  # logs of steps that have no line in metrics.jsonl yet

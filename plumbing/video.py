@@ -37,15 +37,11 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is larger, and it warns befo
 # --- images, by Pillow --------------------------------------------------------------------------
 
 
-def open_image(path: Path) -> Image.Image:
-    """Open an image without decoding it; UserError if it claims to be larger than any video."""
-    image = Image.open(path)
-    try:
+def read_image(path: Path) -> Image.Image:
+    """Read an image upright; UserError, before it is decoded, if it is larger than any video."""
+    with Image.open(path) as image:
         check_size(*image.size)
-    except UserError:
-        image.close()
-        raise
-    return image
+        return upright(image)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -61,10 +57,10 @@ def upright(image: Image.Image) -> Image.Image:
 def frames_by_pillow(path: Path) -> Iterator[tuple[float, Picture]]:
     """Yield the frames of an image or an animation, as `frames_by_av` does."""
     until = 0  # milliseconds
-    with open_image(path) as file:
+    with Image.open(path) as file:
         # The second picture of a phone's photograph (MPO) is of its depth or light.
         for image in [file] if file.format == "MPO" else ImageSequence.Iterator(file):
-            check_size(*image.size)  # a later frame may be larger
+            check_size(*image.size)  # of each: a later one may be larger
             picture = image.copy()  # decodes, which also sets the duration
             until += image.info.get("duration") or 100  # players take 0 for 100 ms
             yield until / 1000, partial(upright, picture)
@@ -74,7 +70,7 @@ def frames_by_name(folder: Path, fps: float) -> Iterator[tuple[float, Picture]]:
     """Likewise for a folder of images, in the order of the numbers in their names."""
     images = [p for p in folder.glob("[!.]*") if p.suffix.lower() in IMAGES and p.is_file()]
     for k, image in enumerate(sorted(images, key=natural), 1):
-        yield k / fps, lambda path=image: upright(open_image(path))
+        yield k / fps, partial(read_image, image)
 
 
 def natural(path: Path) -> tuple:
@@ -158,11 +154,8 @@ def write_video(path: Path, pieces: Iterable[Tensor], fps: float):
     pieces: (3, f, H, W) uint8, one after the other; small ones are enlarged. An .mp4 is written as
     they come, so that its length takes no memory; Pillow wants all pictures of the others at once.
     """
-    pictures = (
-        np.ascontiguousarray(picture)
-        for piece in pieces
-        for picture in rearrange(enlarge(piece).cpu().numpy(), "c f h w -> f h w c")
-    )
+    arrays = (rearrange(enlarge(x).cpu().numpy(), "c f h w -> f h w c") for x in pieces)
+    pictures = chain.from_iterable(arrays)
     if path.suffix == ".mp4":
         write_mp4(path, pictures, fps)
         return

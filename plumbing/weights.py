@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import safetensors
@@ -245,7 +245,7 @@ def load_text_model(weights: str, folder: str, dtype: torch.dtype, heads: re.Pat
     return model
 
 
-@lru_cache
+@cache
 def digest_of(path: Path, *version: int) -> bytes:
     """Return a file's SHA-256; version: what changes with its content. Some files have 20 GB."""
     with open(path, "rb") as file:

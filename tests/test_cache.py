@@ -33,11 +33,12 @@ import sample
 import stages
 import train
 from data import Folder, to_float
-from plumbing.cache import Cache, Memory, video_file
+from plumbing.cache import Cache, Memory, fingerprint, video_file
 from plumbing.fields import flat_fields
 from plumbing.files import UserError
 from plumbing.seeds import Rows
 from plumbing.video import write_video as write_mp4
+from plumbing.weights import digest, digest_of
 from run import Run
 from toy.encoder import TinyEncoder
 from toy.text import HashText
@@ -814,3 +815,15 @@ def test_parts_come_back_from_a_cache(tmp_path, run, folder):
     assert parts == {name: getattr(run.config, name) for name in parts}
     assert parts.keys() == {"data", "vae", "encoder", "text"}
     assert flat_fields(run.config.data) == flat_fields(parts["data"])
+
+
+def test_weights_are_not_read_again_after_many_videos(tmp_path):
+    """Those of a text encoder have 20 GB."""
+    for name in range(300):
+        (tmp_path / f"{name}").write_text(f"{name}")
+    digest([tmp_path / "0"])
+    for name in range(1, 300):
+        fingerprint(tmp_path / f"{name}", content=True)
+    read = digest_of.cache_info().misses
+    digest([tmp_path / "0"])
+    assert digest_of.cache_info().misses == read

@@ -37,7 +37,7 @@ LINES = {  # of a file: a fifth more is the most
     **{"sample": 220, "evaluate": 150, "wan": 280, "start": 60},
 }
 AIM = {"plumbing": 1500, "all": 5200}  # lines of rooms
-MOST = {"plumbing": 2430, "all": 9650}  # hardly more than there are: not one more on the way there
+MOST = {"plumbing": 2400, "all": 9620}  # hardly more than there are: not one more on the way there
 FUNCTION_LINES, FORWARD_LINES = 60, 30
 
 

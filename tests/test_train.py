@@ -1373,6 +1373,7 @@ def test_processes_prepare_batches_only_where_they_can(monkeypatch, capsys):
     monkeypatch.setattr("shutil.disk_usage", lambda _: room)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(6), raising=False)
     monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("os.path.exists", lambda path: path == "/dev/shm")
     assert [spare_processes(most) for most in (2, 8)] == [2, 5]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
     assert spare_processes(8) == 1 and not capsys.readouterr().out
@@ -1383,6 +1384,9 @@ def test_processes_prepare_batches_only_where_they_can(monkeypatch, capsys):
     assert spare_processes(8, 2**29) == 2 and not capsys.readouterr().out
     room.free = 2**26  # a container's usual share
     assert spare_processes(8) == 0 and "/dev/shm" in capsys.readouterr().out
+    with monkeypatch.context() as without:
+        without.setattr("os.path.exists", lambda _: False)
+        assert spare_processes(8) == 0 and not capsys.readouterr().out
     monkeypatch.setattr("sys.platform", "win32")
     monkeypatch.delattr("os.sched_getaffinity")
     assert spare_processes(8) == 0

@@ -3,6 +3,7 @@
 Every film is written here, by PyAV or Pillow or as bytes, with a picture whose right look is known.
 """
 
+import gc
 import struct
 import zlib
 from fractions import Fraction
@@ -695,6 +696,15 @@ NAMES = {  # as they are shown
     "upper case": ["F1.PNG", "f2.png", "F10.png"],
     "no numbers": ["a.png", "b.png", "c.png"],
 }
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_broken_image_of_a_folder_is_closed(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "1.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:-30])
+    with pytest.raises(UserError, match="truncated"):
+        list(frames_at(tmp_path, [0.0], 8.0))
+    gc.collect()  # an open file would warn now
 
 
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)

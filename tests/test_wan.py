@@ -690,3 +690,15 @@ def test_a_step_of_the_painter_on_wan(what):
     dit = replace(dit, train=what)
     row = wan_step.measure(dit, shapes, preset("wan").stages.latent, torch.device("cpu"), 1)
     assert row["seconds"] > 0 and row["tflop"] > 0 and row["share"] > 0
+
+
+def test_the_preset_of_another_folder_is_told(tmp_path, capsys):
+    """What the folder's networks started from is not taken for a flag that nobody gave."""
+    weights = [
+        f"{name}.wan.{field}=x"
+        for name in ("latent", "semantic")
+        for field in ("weights", "digest")
+    ]
+    Run.create(tmp_path, override(wan_tiny(), weights))
+    assert call(train.main, "--stage", "latent", "--tiny", "--out", tmp_path) == 2
+    one_line(capsys, f"{tmp_path} was made with other settings")

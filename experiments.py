@@ -300,8 +300,8 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = command_line(__doc__)
     names = [experiment.name for experiment in EXPERIMENTS]
-    what = f"list, all, report, or some of {', '.join(names)}"
-    parser.add_argument("what", nargs="+", metavar="WHAT", help=what)
+    told = f"list, all, report, or some of {', '.join(names)}"
+    parser.add_argument("what", nargs="+", metavar="WHAT", help=told)
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, ...: so many")
     parser.add_argument("--prompts", type=int, default=128, help="half with one object, half two")
     parser.add_argument("--preset", choices=PRESETS, help="instead of each experiment's own")

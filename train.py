@@ -309,8 +309,8 @@ def arguments() -> argparse.Namespace:
 def configured(args: argparse.Namespace, cache: Cache | None) -> Config:
     """Return the configuration that the command line asks for.
 
-    Released parts are those of the flags, else the cache's, else those the run has already. Of a
-    cache sizes and rates of the clips are taken, too.
+    Released parts are those of the flags, else the cache's, else those that a run of the same
+    preset has already. Of a cache sizes and rates of the clips are taken, too.
     """
     parts = {}
     if (args.out / "config.json").exists():
